@@ -1,0 +1,314 @@
+"""One U-Net that is DDPM's, IDDPM's, DDPM++ (as in EDM) or ADM's by configuration.
+
+DDPM: Ho et al. 2020 (2006.11239). IDDPM: Nichol & Dhariwal 2021 (2102.09672). ADM: Dhariwal & Nichol 2021 (2105.05233).
+DDPM++: Song et al. 2021 (2011.13456), as configured by EDM, Karras et al. 2022 (2206.00364). `published.py` has the values.
+The differences that change results without changing a shape (norm epsilon, order and spacing of the sinusoids, skip
+scaling, padding of the strided convolution) are fields.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.backbones.layers import (
+    EmbeddingDenominator,
+    EmbeddingOrder,
+    attend,
+    dropout,
+    label_embedding,
+    norm_silu,
+    sinusoidal_embedding,
+)
+from pipeline.diffusion.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Every choice of the U-Net but the image shape and the number of classes."""
+
+    base_width: Annotated[int, "channels at full resolution; widths are multiples of it"] = 128
+    multipliers: Annotated[tuple[int, ...], "width of each resolution in base widths, full resolution first"] = (1, 2, 2, 2)
+    blocks: Annotated[int, "residual blocks a resolution going down (one more going up)"] = 2
+    attention_at: Annotated[tuple[int, ...], "resolutions (pixels a side) with self-attention; the middle always has it"] = (16,)
+    decoder_attention: Annotated[Literal["every", "last"], "going up: attention after every block or the last one only"] = "every"
+    heads: Annotated[int | None, "attention heads; none: use head_width"] = 1
+    head_width: Annotated[int | None, "channels a head; none: use heads"] = None
+    dropout: Annotated[float, "probability of dropping an activation inside a residual block, 0 to below 1"] = 0.1
+    modulation: Annotated[Literal["shift", "scale_shift"], "how the noise level enters a block: added, or scaling the norm too"] = "shift"
+    resample: Annotated[Literal["conv", "block"], "halve and double by one convolution, or inside a residual block"] = "conv"
+    resample_projection: Annotated[bool, "resample=block: a 1x1 convolution on the block's skip path"] = False
+    down_padding: Annotated[int, "resample=conv: 1 pads both sides of the strided convolution, 0 the far side only (DDPM)"] = 0
+    skip_scale: Annotated[float, "factor on each residual sum (1, or sqrt(1/2) in DDPM++)"] = 1.0
+    norm_groups: Annotated[int, "groups of a GroupNorm at most"] = 32
+    norm_group_width: Annotated[int, "channels of a group at least"] = 4
+    norm_eps: Annotated[float, "added to the variance in a GroupNorm (1e-6: DDPM, DDPM++; 1e-5: IDDPM, ADM)"] = 1e-6
+    embedding: Annotated[Literal["sinusoidal", "fourier"], "of the noise level: fixed sinusoids or random Fourier features"] = "sinusoidal"
+    embedding_order: Annotated[EmbeddingOrder, "which half comes first"] = "sin_cos"
+    embedding_denominator: Annotated[EmbeddingDenominator, "sinusoidal: spacing of the log frequencies"] = "half_minus_1"
+    level_scale: Annotated[float, "the noise level is multiplied by this before it is embedded"] = 1.0
+    fourier_scale: Annotated[float, "fourier: standard deviation of the frequencies"] = 16.0
+    label_at: Annotated[Literal["input", "output"], "the class vector joins the noise embedding before or after its two layers"] = "output"
+    augmentation_labels: Annotated[int, "numbers that describe the augmentation of an image (EDM: 9); 0: none"] = 0
+    init: Annotated[Literal["xavier", "torch"], "initial weights: Xavier uniform with zero biases, or torch's default"] = "xavier"
+    last_gain: Annotated[float, "factor on the initial last layer of each block and of the network (0, or 1e-5 in DDPM++)"] = 0.0
+    attention_gain: Annotated[float, "init=xavier: factor on the initial query, key and value weights"] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.base_width < 4 or self.base_width % 2:
+            raise ValueError(f"base_width is {self.base_width}; an even number of at least 4 is needed")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers is {self.multipliers}; one whole number of at least 1 a resolution is needed")
+        if self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}; at least 1 is needed")
+        if (self.heads is None) == (self.head_width is None):
+            raise ValueError(f"heads is {self.heads} and head_width is {self.head_width}; give exactly one of them")
+        if (self.heads is not None and self.heads < 1) or (self.head_width is not None and self.head_width < 1):
+            raise ValueError(f"heads is {self.heads}, head_width is {self.head_width}; at least 1 is needed")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; 0 <= dropout < 1 is needed")
+        if self.down_padding not in (0, 1):
+            raise ValueError(f"down_padding is {self.down_padding}; choose 0 or 1")
+        if self.norm_groups < 1 or self.norm_group_width < 1 or not self.norm_eps > 0:
+            raise ValueError("norm_groups and norm_group_width must be at least 1 and norm_eps positive")
+        if self.augmentation_labels < 0:
+            raise ValueError(f"augmentation_labels is {self.augmentation_labels}; 0 or more is needed")
+        for name in ("skip_scale", "level_scale", "fourier_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; a positive number is needed")
+        for name in ("last_gain", "attention_gain"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; a number of at least 0 is needed")
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the vector that modulates every block."""
+        return 4 * self.base_width
+
+    def heads_of(self, width: int) -> int:
+        """Heads of an attention layer of `width` channels. Raises ValueError where they do not divide it."""
+        heads = self.heads or width // cast(int, self.head_width)
+        if heads < 1 or width % heads or (self.head_width and width % self.head_width):
+            named = f"heads = {self.heads}" if self.heads else f"head_width = {self.head_width}"
+            raise ValueError(f"{named} does not divide the {width} channels of an attention layer")
+        return heads
+
+
+def group_norm(config: UNetConfig, width: int) -> nn.GroupNorm:
+    groups = min(config.norm_groups, max(1, width // config.norm_group_width))
+    if width % groups:
+        raise ValueError(f"{width} channels do not divide into {groups} groups: change base_width, norm_groups or norm_group_width")
+    return nn.GroupNorm(groups, width, eps=config.norm_eps)
+
+
+def resized(x: Tensor, resample: Literal["none", "down", "up"]) -> Tensor:
+    """Mean of 2x2 pixels, or each pixel repeated 2x2."""
+    if resample == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else x
+
+
+class Attention(nn.Module):
+    """x + proj(attention(norm(x))) over the pixels, scaled."""
+
+    def __init__(self, config: UNetConfig, width: int) -> None:
+        super().__init__()
+        self.heads = config.heads_of(width)
+        self.skip_scale = config.skip_scale
+        self.norm = group_norm(config, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)  # channels ordered (head, [q, k, v], channel of the head)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.proj(attend(self.qkv(self.norm(x)), self.heads)).add_(x)
+        return h if self.skip_scale == 1 else h.mul_(self.skip_scale)
+
+
+class Block(nn.Module):
+    """Residual block: norm, silu, [resize,] conv, noise level, norm, silu, dropout, conv; then attention where asked for."""
+
+    def __init__(
+        self, config: UNetConfig, c_in: int, c_out: int, attention: bool, resample: Literal["none", "down", "up"] = "none"
+    ) -> None:
+        super().__init__()
+        self.resample: Literal["none", "down", "up"] = resample
+        self.skip_scale, self.dropout, self.scaled = config.skip_scale, config.dropout, config.modulation == "scale_shift"
+        self.norm1 = group_norm(config, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.modulation = nn.Linear(config.embedding_width, (2 if self.scaled else 1) * c_out)
+        self.norm2 = group_norm(config, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        projected = c_in != c_out or (resample != "none" and config.resample_projection)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if projected else None
+        self.attention = Attention(config, c_out) if attention else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(resized(norm_silu(x, self.norm1), self.resample))
+        modulation = self.modulation(emb)[:, :, None, None]
+        if self.scaled:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        else:
+            h = norm_silu(h.add_(modulation), self.norm2)
+        h = self.conv2(dropout(h, self.dropout, self.training))
+        h = h.add_(self.skipped(x))  # no backward needs a convolution's output: summing in place is safe
+        h = h if self.skip_scale == 1 else h.mul_(self.skip_scale)
+        return h if self.attention is None else self.attention(h)
+
+    def skipped(self, x: Tensor) -> Tensor:
+        # A 1x1 convolution commutes with both kinds of resizing: it runs on the smaller side.
+        if self.skip is None:
+            return resized(x, self.resample)
+        return resized(self.skip(x), "up") if self.resample == "up" else self.skip(resized(x, self.resample))
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution."""
+
+    def __init__(self, config: UNetConfig, width: int) -> None:
+        super().__init__()
+        self.padding = config.down_padding
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=config.down_padding)
+
+    def forward(self, x: Tensor, _emb: Tensor) -> Tensor:
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Each pixel repeated 2x2, then a 3x3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, _emb: Tensor) -> Tensor:
+        return self.conv(resized(x, "up"))
+
+
+class UNet(nn.Module):
+    """F = network(z, level, conditioning).
+
+    Args:
+        config: the architecture.
+        channels: of z.
+        size: of z, pixels a side; divisible by 2 ** (resolutions - 1).
+        classes: number of class labels; 0: unconditional.
+        out_channels: of F (2 * channels for a learned variance).
+
+    Raises:
+        ValueError: sizes, widths, groups or heads that do not divide; attention at a resolution that does not occur.
+    """
+
+    def __init__(self, config: UNetConfig, channels: int, size: int, classes: int, out_channels: int) -> None:
+        super().__init__()
+        resolutions = checked_resolutions(config, size)
+        base, width = config.base_width, config.base_width
+        self.config = config
+        self.map1, self.map2 = nn.Linear(base, config.embedding_width), nn.Linear(config.embedding_width, config.embedding_width)
+        if config.embedding == "fourier":
+            self.register_buffer("frequencies", torch.randn(base // 2) * config.fourier_scale)
+        label_width = base if config.label_at == "input" else config.embedding_width
+        self.labels = nn.Embedding(classes, label_width) if classes else None
+        self.augmentation = nn.Linear(config.augmentation_labels, base, bias=False) if config.augmentation_labels else None
+
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.encoder, skips = nn.ModuleList(), [width]
+        for i, (resolution, multiplier) in enumerate(zip(resolutions, config.multipliers, strict=True)):
+            if i > 0:
+                block = config.resample == "block"
+                self.encoder.append(Block(config, width, width, False, "down") if block else Downsample(config, width))
+                skips.append(width)
+            for _ in range(config.blocks):
+                self.encoder.append(Block(config, width, base * multiplier, resolution in config.attention_at))
+                width = base * multiplier
+                skips.append(width)
+        self.middle = nn.ModuleList([Block(config, width, width, True), Block(config, width, width, False)])
+        self.decoder, self.takes_skip = nn.ModuleList(), list[bool]()
+        for i in reversed(range(len(resolutions))):
+            if i < len(resolutions) - 1:
+                self.decoder.append(Block(config, width, width, False, "up") if config.resample == "block" else Upsample(width))
+                self.takes_skip.append(False)
+            for j in range(config.blocks + 1):
+                attention = resolutions[i] in config.attention_at and (config.decoder_attention == "every" or j == config.blocks)
+                self.decoder.append(Block(config, width + skips.pop(), base * config.multipliers[i], attention))
+                self.takes_skip.append(True)
+                width = base * config.multipliers[i]
+        self.norm_out = group_norm(config, width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        initialise(self, config)
+
+    def forward(self, z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+        """z (n, channels, size, size), level (n,) float32, -> F (n, out_channels, size, size).
+
+        Raises:
+            ValueError: labels for a network without classes.
+        """
+        emb = self.embed(level, conditioning)
+        h = self.conv_in(z)
+        skips = [h]
+        for stage in self.encoder:
+            h = stage(h, emb)
+            skips.append(h)
+        for stage in self.middle:
+            h = stage(h, emb)
+        for stage, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
+            h = stage(torch.cat((h, skips.pop()), dim=1) if takes_skip else h, emb)
+        return self.conv_out(norm_silu(h, self.norm_out))
+
+    def embed(self, level: Tensor, conditioning: Conditioning) -> Tensor:
+        """The (n, 4 base) vector that modulates every block, after its last silu."""
+        config = self.config
+        level = config.level_scale * level
+        if config.embedding == "fourier":
+            angle = level.float()[:, None] * (2 * math.pi * cast(Tensor, self.frequencies))[None, :]
+            pair = (angle.sin(), angle.cos()) if config.embedding_order == "sin_cos" else (angle.cos(), angle.sin())
+            emb = torch.cat(pair, dim=1)
+        else:
+            emb = sinusoidal_embedding(level, config.base_width, config.embedding_order, config.embedding_denominator)
+        label = label_embedding(self.labels, conditioning)
+        described = getattr(conditioning, "augmentation", None)
+        if self.augmentation is not None and described is not None:
+            emb = emb + self.augmentation(described)
+        if label is not None and config.label_at == "input":
+            emb = emb + label
+        emb = self.map2(F.silu(self.map1(emb)))
+        if label is not None and config.label_at == "output":
+            emb = emb + label
+        return F.silu(emb)
+
+
+def checked_resolutions(config: UNetConfig, size: int) -> list[int]:
+    """Pixels a side at each level, full resolution first. Raises ValueError where config and size do not fit."""
+    factor = 2 ** (len(config.multipliers) - 1)
+    if size < factor or size % factor:
+        raise ValueError(f"image size {size} cannot be halved {len(config.multipliers) - 1} times: use fewer multipliers")
+    resolutions = [size >> i for i in range(len(config.multipliers))]
+    unknown = [r for r in config.attention_at if r not in resolutions]
+    if unknown:
+        raise ValueError(f"attention_at names {unknown}, but this network works at {resolutions} pixels a side")
+    return resolutions
+
+
+def initialise(net: UNet, config: UNetConfig) -> None:
+    """Xavier uniform (DDPM's variance scaling, fan average) or torch's own; the last layers times `last_gain`."""
+    if config.init == "xavier":
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if net.labels is not None:  # as a one-hot vector of length sqrt(classes) through a linear layer
+            nn.init.xavier_uniform_(net.labels.weight, gain=math.sqrt(net.labels.num_embeddings))
+    last = [net.conv_out] + [m.conv2 for m in net.modules() if isinstance(m, Block)]
+    for module in net.modules():
+        if isinstance(module, Attention):
+            last.append(module.proj)
+            if config.init == "xavier":
+                module.qkv.weight.data.mul_(config.attention_gain)
+    for module in last:
+        module.weight.data.mul_(config.last_gain)
+        if module.bias is not None:
+            module.bias.data.mul_(config.last_gain)

@@ -1,0 +1,144 @@
+"""The hub: a network, a schedule and a parameterization together say "x_hat at (y, gamma)"."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.choose import choose
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.schedule import Schedule, prior_variance
+
+
+def shaped(level: Tensor, like: Tensor) -> Tensor:
+    """A value a row, (n,), shaped (n, 1, ..., 1) to meet `like` (n, ...), in its dtype."""
+    return level.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+# --- what the network is told of the level: one fixed monotone function of gamma ------------------------------------------
+
+
+def _normalised_gamma(schedule: Schedule, gamma: Tensor) -> Tensor:
+    """VDM: (gamma - gamma_min) / (gamma_max - gamma_min)."""
+    return (gamma - schedule.gamma_min) / (schedule.gamma_max - schedule.gamma_min)
+
+
+def _log_sigma(schedule: Schedule, gamma: Tensor) -> Tensor:
+    """EDM: c_noise = ln(s) / 4."""
+    return gamma / 8
+
+
+def _step_index(schedule: Schedule, gamma: Tensor) -> Tensor:
+    """DDPM, IDDPM: the step index, an exact integer at the nodes of the table; 999 t for laws without a table."""
+    steps = len(schedule.table) if hasattr(schedule, "table") else 1000  # pyright: ignore[reportAttributeAccessIssue]
+    return schedule.time(gamma) * (steps - 1)
+
+
+LEVELS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
+    "normalised_gamma": _normalised_gamma,
+    "log_sigma": _log_sigma,
+    "step_index": _step_index,
+}
+
+
+# --- input scaling c_in: the network sees c_in y ----------------------------------------------------------------------------
+
+
+def _input_z(parameterization: Parameterization, gamma: Tensor) -> Tensor:
+    """alpha: the network sees z."""
+    return parameterization.alpha_sigma(gamma)[0]
+
+
+def _input_unit_variance(parameterization: Parameterization, gamma: Tensor) -> Tensor:
+    """EDM: 1 / sqrt(s^2 + sigma_data^2)."""
+    return torch.rsqrt(torch.exp(gamma) + parameterization.data_std**2)
+
+
+INPUTS: dict[str, Callable[[Parameterization, Tensor], Tensor]] = {"z": _input_z, "unit_variance": _input_unit_variance}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """x_hat: (n, ...) denoised image; variance: (n, ...) raw learned-variance head (IDDPM's v), or None."""
+
+    x_hat: Tensor
+    variance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Process:
+    """The facts of a trained model that a procedure may need: nothing of its network.
+
+    scaling: key of SCALINGS; the range of gamma it was made for; prior_variance: v of y_1 ~ N(0, v I).
+    """
+
+    scaling: str
+    gamma_min: float
+    gamma_max: float
+    prior_variance: float
+
+
+class Denoiser(nn.Module):
+    """x_hat at (y, gamma) from any network of signature network(z, level, conditioning) -> F.
+
+    With `learned_variance` the network gives twice the channels: F, then IDDPM's v.
+
+    Raises:
+        ValueError: the prediction cannot be decoded somewhere in the schedule's range.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        *,
+        level: str = "normalised_gamma",
+        network_input: str = "z",
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__()
+        parameterization.check(schedule)
+        self.network = network
+        self.schedule = schedule  # a learned law is a Module, and so registered with its parameters
+        self.parameterization = parameterization
+        self.level = choose(LEVELS, level, "level")
+        self.network_input = choose(INPUTS, network_input, "network input")
+        self.learned_variance = learned_variance
+
+    @property
+    def process(self) -> Process:
+        low, high = self.schedule.gamma_min, self.schedule.gamma_max
+        scaling = self.parameterization.scaling
+        return Process(scaling, low, high, prior_variance(scaling, high))
+
+    def forward(self, y: Tensor, gamma: Tensor, conditioning: Conditioning) -> Prediction:
+        """y (n, ...) in coordinates where alpha = 1, gamma (n,). Coefficients are float64, the network's input float32."""
+        output = self.raw(y, gamma, conditioning)
+        variance = None
+        if self.learned_variance:
+            output, variance = output.chunk(2, dim=1)
+        c_skip, c_out = self.parameterization.decode(gamma.double())
+        x_hat = torch.addcmul(shaped(c_skip, y) * y, shaped(c_out, y), output.to(y.dtype))
+        return Prediction(x_hat, variance)
+
+    def raw(self, y: Tensor, gamma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output F (n, C or 2 C, ...) itself, for objectives that are stated on it."""
+        gamma = gamma.double()
+        c_in = self.network_input(self.parameterization, gamma)
+        level = self.level(self.schedule, gamma)
+        return self.network((shaped(c_in, y) * y).float(), level.float(), conditioning)
+
+    def check_levels(self, gammas: Tensor) -> None:
+        """Raises ValueError where a queried level lies outside the range the network was made for."""
+        low, high = self.schedule.gamma_min, self.schedule.gamma_max
+        slack = 1e-9 * (1 + max(abs(low), abs(high)))
+        outside = (gammas < low - slack) | (gammas > high + slack) | torch.isnan(gammas)
+        if bool(outside.any()):
+            value = float(gammas[outside][0])
+            raise ValueError(
+                f"gamma {value:.4f} (sigma/alpha {math.exp(min(value, 700) / 2):.4g}) is outside [{low:.4f}, {high:.4f}], the range this network was made for"
+            )

@@ -1,0 +1,99 @@
+"""Prediction types: what the network outputs, one row (a, b) of F = a x + b eps each, and its inverse.
+
+With z = alpha x + sigma eps, a row is decoded by x_hat = (b z - sigma F) / (b alpha - a sigma).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.choose import choose
+from pipeline.diffusion.schedule import SCALINGS, Schedule
+
+Row = tuple[Tensor, Tensor]
+
+
+def _x(alpha: Tensor, sigma: Tensor, data_std: float) -> Row:
+    return torch.ones_like(alpha), torch.zeros_like(alpha)
+
+
+def _eps(alpha: Tensor, sigma: Tensor, data_std: float) -> Row:
+    return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+
+def _v(alpha: Tensor, sigma: Tensor, data_std: float) -> Row:
+    """v = alpha eps - sigma x (Salimans & Ho 2022)."""
+    return -sigma, alpha
+
+
+def _score(alpha: Tensor, sigma: Tensor, data_std: float) -> Row:
+    """grad log q(z | x) = -eps / sigma."""
+    return torch.zeros_like(alpha), -1 / sigma
+
+
+def _flow(alpha: Tensor, sigma: Tensor, data_std: float) -> Row:
+    """eps - x (Liu et al. 2022)."""
+    return -torch.ones_like(alpha), torch.ones_like(alpha)
+
+
+def _edm(alpha: Tensor, sigma: Tensor, data_std: float) -> Row:
+    """EDM's F = (x - c_skip y) / c_out (Karras et al. 2022, table 1), a function of s = sigma / alpha alone."""
+    s = sigma / alpha
+    norm = torch.sqrt(s**2 + data_std**2)
+    return s / (data_std * norm), -data_std / norm
+
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], Row]] = {
+    "x": _x,
+    "eps": _eps,
+    "v": _v,
+    "score": _score,
+    "flow": _flow,
+    "edm": _edm,
+}
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """A prediction type under a scaling.
+
+    scaling: key of SCALINGS; prediction: key of PREDICTIONS; data_std: sigma_data of the 'edm' row and input.
+    """
+
+    prediction: str = "eps"
+    scaling: str = "vp"
+    data_std: float = 0.5
+
+    def alpha_sigma(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = choose(SCALINGS, self.scaling, "scaling")(gamma)
+        return alpha, alpha * torch.exp(gamma / 2)
+
+    def row(self, gamma: Tensor) -> Row:
+        """(a, b) of F = a x + b eps, shaped like gamma."""
+        alpha, sigma = self.alpha_sigma(gamma)
+        return choose(PREDICTIONS, self.prediction, "prediction")(alpha, sigma, self.data_std)
+
+    def decode(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """(c_skip, c_out) of x_hat = c_skip y + c_out F, shaped like gamma."""
+        alpha, sigma = self.alpha_sigma(gamma)
+        a, b = self.row(gamma)
+        determinant = b * alpha - a * sigma
+        return b * alpha / determinant, -sigma / determinant
+
+    def check(self, schedule: Schedule) -> None:
+        """Raises ValueError, naming the gamma, where the row cannot be decoded within the schedule's range."""
+        gamma = torch.linspace(schedule.gamma_min, schedule.gamma_max, 1001, dtype=torch.float64)
+        alpha, sigma = self.alpha_sigma(gamma)
+        a, b = self.row(gamma)
+        determinant = b * alpha - a * sigma
+        scale = (b * alpha).abs() + (a * sigma).abs()
+        bad = ~(determinant.abs() > 1e-12 * scale) | ~torch.isfinite(determinant) | (alpha <= 0)
+        flips = determinant.sign() != determinant.sign()[0]
+        bad |= flips
+        if bool(bad.any()):
+            raise ValueError(
+                f"prediction '{self.prediction}' under scaling '{self.scaling}' cannot be decoded at gamma = "
+                f"{float(gamma[bad.nonzero()[0, 0]]):.3f}: choose another prediction, or a schedule that ends before"
+            )

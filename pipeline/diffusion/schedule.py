@@ -1,0 +1,484 @@
+"""Noise schedules: the time law gamma(t), the scalings gamma -> (alpha, sigma), and the grids samplers walk on.
+
+gamma = log(sigma^2 / alpha^2) = -log SNR is the only noise coordinate. t runs from 0 (data) to 1 (noise) over the part of the
+law that is kept; laws that reach infinity are cut. A law is told by three facts: `gamma(t)`, its inverse `time(gamma)`, and the
+end points `gamma_min`, `gamma_max`. Laws defined at T discrete steps also have `table`, gamma at step index 0..T-1, with
+t = index / (T - 1) and linear interpolation between the nodes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.choose import choose
+
+GAMMA_LIMIT = 20.0  # |gamma| beyond this is refused: float32 cannot carry what lies there
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A time law. `gamma` and `time` keep the dtype and device of their argument."""
+
+    @property
+    def gamma_min(self) -> float: ...
+    @property
+    def gamma_max(self) -> float: ...
+    def gamma(self, t: Tensor) -> Tensor: ...
+    def time(self, gamma: Tensor) -> Tensor: ...
+
+
+# --- laws with a published table -----------------------------------------------------------------------------------
+
+
+class Tabulated:
+    """A law known at T steps. Subclasses give `betas`, float64 (T,)."""
+
+    steps: int
+    gamma_limit: float
+
+    def betas(self) -> Tensor:
+        raise NotImplementedError
+
+    @cached_property
+    def table(self) -> Tensor:
+        """gamma at step index 0..T-1, float64 (T,): log((1 - abar) / abar).
+
+        1 - abar is summed as -expm1(log abar), exact also where abar is close to 1.
+        """
+        log_abar = torch.log1p(-self.betas()).cumsum(0)
+        table = torch.log(-torch.expm1(log_abar)) - log_abar
+        if table.abs().max() > self.gamma_limit:
+            index = int((table.abs() > self.gamma_limit).nonzero()[0])
+            raise ValueError(
+                f"schedule: gamma is {table[index]:.2f} at step index {index}, beyond gamma_limit {self.gamma_limit:g}; "
+                f"use fewer steps or a larger gamma_limit"
+            )
+        return table
+
+    @property
+    def gamma_min(self) -> float:
+        return float(self.table[0])
+
+    @property
+    def gamma_max(self) -> float:
+        return float(self.table[-1])
+
+    def gamma(self, t: Tensor) -> Tensor:
+        position = (t.double() * (self.steps - 1)).clamp(0, self.steps - 1)
+        low = position.floor().clamp(max=self.steps - 2).long()
+        table = self.table.to(t.device)
+        return torch.lerp(table[low], table[low + 1], position - low).to(t.dtype)
+
+    def time(self, gamma: Tensor) -> Tensor:
+        """Exactly index / (T - 1) at the nodes."""
+        table = self.table.to(gamma.device)
+        value = gamma.double()
+        high = torch.searchsorted(table, value).clamp(1, self.steps - 1)
+        low_gamma, high_gamma = table[high - 1], table[high]
+        position = (high - 1) + ((value - low_gamma) / (high_gamma - low_gamma)).clamp(0, 1)
+        return (position / (self.steps - 1)).to(gamma.dtype)
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 2:
+        raise ValueError(f"schedule.steps must be at least 2, got {steps}")
+
+
+@dataclass(frozen=True)
+class LinearBeta(Tabulated):
+    """DDPM's linear betas (Ho et al. 2020), end points scaled by 1000 / T as in IDDPM."""
+
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    gamma_limit: float = GAMMA_LIMIT
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
+    def betas(self) -> Tensor:
+        scale = 1000 / self.steps
+        betas = torch.linspace(self.beta_start * scale, self.beta_end * scale, self.steps, dtype=torch.float64)
+        if betas.max() >= 1:
+            raise ValueError(f"schedule linear_beta: beta reaches {betas.max():.3g} >= 1 with steps {self.steps}; use at least 21 steps")
+        return betas
+
+
+@dataclass(frozen=True)
+class Cosine(Tabulated):
+    """IDDPM's cosine law (Nichol & Dhariwal 2021, eq. 17): f(t) = cos^2((t/T + s) / (1 + s) pi/2), betas clipped."""
+
+    steps: int = 1000
+    s: float = 0.008
+    max_beta: float = 0.999
+    gamma_limit: float = GAMMA_LIMIT
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
+    def betas(self) -> Tensor:
+        t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        f = torch.cos((t + self.s) / (1 + self.s) * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=self.max_beta)
+
+
+# --- continuous laws -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VP:
+    """The variance-preserving SDE (Song et al. 2021, eq. 32): log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2, t from t_min to 1."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-5
+
+    def _sde_time(self, t: Tensor) -> Tensor:
+        return self.t_min + (1 - self.t_min) * t
+
+    def _integral(self, t: Tensor) -> Tensor:
+        """-2 log alpha = integral of beta."""
+        tau = self._sde_time(t)
+        return tau * self.beta_min + 0.5 * tau**2 * (self.beta_max - self.beta_min)
+
+    def _inverse_integral(self, integral: Tensor) -> Tensor:
+        slope = self.beta_max - self.beta_min
+        tau = 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+        return (tau - self.t_min) / (1 - self.t_min)
+
+    def gamma(self, t: Tensor) -> Tensor:
+        return torch.log(torch.expm1(self._integral(t)))
+
+    def time(self, gamma: Tensor) -> Tensor:
+        return self._inverse_integral(functional.softplus(gamma))
+
+    @property
+    def gamma_min(self) -> float:
+        return float(self.gamma(torch.zeros((), dtype=torch.float64)))
+
+    @property
+    def gamma_max(self) -> float:
+        return float(self.gamma(torch.ones((), dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class SubVP(VP):
+    """The sub-VP SDE (Song et al. 2021, eq. 34): alpha as in VP, sigma = 1 - alpha^2 (no root).
+
+    t_min is larger than VP's: at 1e-5 the noise would be too small for float32.
+    """
+
+    t_min: float = 1e-3
+
+    def gamma(self, t: Tensor) -> Tensor:
+        integral = self._integral(t)
+        return 2 * torch.log(-torch.expm1(-integral)) + integral
+
+    def time(self, gamma: Tensor) -> Tensor:
+        s = torch.exp(gamma / 2)
+        return self._inverse_integral(2 * torch.log((s + torch.sqrt(s**2 + 4)) / 2))
+
+
+@dataclass(frozen=True)
+class LinearGamma:
+    """gamma linear in t (VDM's fixed law, Kingma et al. 2021)."""
+
+    gamma_min: float = -13.3
+    gamma_max: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not -GAMMA_LIMIT <= self.gamma_min < self.gamma_max <= GAMMA_LIMIT:
+            raise ValueError(
+                f"schedule: need {-GAMMA_LIMIT:g} <= gamma_min < gamma_max <= {GAMMA_LIMIT:g}, got {self.gamma_min:g} and {self.gamma_max:g}"
+            )
+
+    def gamma(self, t: Tensor) -> Tensor:
+        return self.gamma_min + (self.gamma_max - self.gamma_min) * t
+
+    def time(self, gamma: Tensor) -> Tensor:
+        return (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """The variance-exploding law: sigma geometric from sigma_min to sigma_max (Song & Ermon 2019; Song et al. 2021)."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"schedule: need 0 < sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}")
+
+    @property
+    def gamma_min(self) -> float:
+        return 2 * math.log(self.sigma_min)
+
+    @property
+    def gamma_max(self) -> float:
+        return 2 * math.log(self.sigma_max)
+
+    def gamma(self, t: Tensor) -> Tensor:
+        return self.gamma_min + (self.gamma_max - self.gamma_min) * t
+
+    def time(self, gamma: Tensor) -> Tensor:
+        return (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
+
+
+@dataclass(frozen=True)
+class EDM(Geometric):
+    """EDM's levels (Karras et al. 2022): ln sigma ~ N(p_mean, p_std^2) cut to [sigma_min, sigma_max]; gamma(t) is its quantile.
+
+    So a uniform t draws sigma from EDM's training density.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    def _cdf(self, gamma: Tensor) -> Tensor:
+        return torch.special.ndtr((gamma / 2 - self.p_mean) / self.p_std)
+
+    def _ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        ends = torch.tensor([self.gamma_min, self.gamma_max], dtype=torch.float64, device=like.device)
+        low, high = self._cdf(ends)
+        return low, high
+
+    def gamma(self, t: Tensor) -> Tensor:
+        low, high = self._ends(t)
+        quantile = torch.special.ndtri(low + (high - low) * t.double())
+        gamma = 2 * (self.p_mean + self.p_std * quantile)
+        return gamma.clamp(self.gamma_min, self.gamma_max).to(t.dtype)
+
+    def time(self, gamma: Tensor) -> Tensor:
+        low, high = self._ends(gamma)
+        return ((self._cdf(gamma.double()) - low) / (high - low)).to(gamma.dtype)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow (Liu et al. 2022): gamma = 2 log(tau / (1 - tau)), tau uniform, cut at gamma_min and gamma_max."""
+
+    gamma_min: float = -13.3
+    gamma_max: float = 14.0
+
+    def _tau_ends(self) -> tuple[float, float]:
+        return 1 / (1 + math.exp(-self.gamma_min / 2)), 1 / (1 + math.exp(-self.gamma_max / 2))
+
+    def gamma(self, t: Tensor) -> Tensor:
+        low, high = self._tau_ends()
+        tau = low + (high - low) * t.double()
+        return (2 * torch.logit(tau)).to(t.dtype)
+
+    def time(self, gamma: Tensor) -> Tensor:
+        low, high = self._tau_ends()
+        return ((torch.sigmoid(gamma.double() / 2) - low) / (high - low)).to(gamma.dtype)
+
+
+# --- learned laws (Kingma et al. 2021, appendix H) --------------------------------------------------------------------
+
+
+class LearnedGamma(nn.Module):
+    """A monotone law with learnt interior, end points fixed (default) or learnt.
+
+    shape 'net': l1(t) + l3(sigmoid(l2(l1(t)))) with positive weights, `hidden` units; 'scalar': a straight line, so that only
+    the end points can learn. The raw curve is rescaled so that gamma(0) and gamma(1) are exactly the end points: what a
+    network is conditioned on (normalised gamma) is then always consistent with the law.
+    """
+
+    def __init__(
+        self,
+        gamma_min: float = -13.3,
+        gamma_max: float = 5.0,
+        shape: str = "net",
+        hidden: int = 1024,
+        learn_ends: bool = False,
+    ) -> None:
+        super().__init__()
+        if shape not in ("net", "scalar"):
+            raise ValueError(f"schedule learned: shape must be 'net' or 'scalar', got '{shape}'")
+        LinearGamma(gamma_min, gamma_max)  # checks the range
+        self.shape = shape
+        self.ends = nn.Parameter(torch.tensor([gamma_min, gamma_max], dtype=torch.float64), requires_grad=learn_ends)
+        if shape == "net":
+            self.l1 = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+            self.l2_weight = nn.Parameter(torch.empty(hidden, dtype=torch.float64))
+            self.l2_bias = nn.Parameter(torch.zeros(hidden, dtype=torch.float64))
+            self.l3_weight = nn.Parameter(torch.empty(hidden, dtype=torch.float64))
+            generator = torch.Generator().manual_seed(0)
+            self.l2_weight.data.normal_(0, 1, generator=generator)
+            self.l2_bias.data.normal_(0, 1, generator=generator)
+            self.l3_weight.data.normal_(0, 0.01, generator=generator)
+
+    def _raw(self, t: Tensor) -> Tensor:
+        """Increasing in t, float64, any shape."""
+        if self.shape == "scalar":
+            return t.double()
+        line = self.l1.abs() * t.double()
+        hidden = torch.sigmoid(self.l2_weight.abs() * (2 * line[..., None] - 1) + self.l2_bias)
+        return line + (self.l3_weight.abs() * hidden).mean(-1)
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """Differentiable in t and in the parameters; float64 inside."""
+        raw_0, raw_1 = self._raw(t.new_zeros(())), self._raw(t.new_ones(()))
+        fraction = (self._raw(t) - raw_0) / (raw_1 - raw_0)
+        return (self.ends[0] + (self.ends[1] - self.ends[0]) * fraction).to(t.dtype)
+
+    @torch.no_grad()
+    def time(self, gamma: Tensor) -> Tensor:
+        """By bisection, to 2^-50."""
+        target = gamma.double()
+        low, high = torch.zeros_like(target), torch.ones_like(target)
+        for _ in range(50):
+            middle = (low + high) / 2
+            above = self.gamma(middle) > target
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return ((low + high) / 2).to(gamma.dtype)
+
+    @property
+    def gamma_min(self) -> float:
+        return float(self.ends[0])
+
+    @property
+    def gamma_max(self) -> float:
+        return float(self.ends[1])
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "linear_beta": LinearBeta,
+    "cosine": Cosine,
+    "vp": VP,
+    "subvp": SubVP,
+    "geometric": Geometric,
+    "edm": EDM,
+    "flow": Flow,
+    "linear_gamma": LinearGamma,
+    "learned": LearnedGamma,
+}
+
+
+# --- scalings ----------------------------------------------------------------------------------------------------------
+
+
+def _subvp_alpha(gamma: Tensor) -> Tensor:
+    s = torch.exp(gamma / 2)
+    return 2 / (s + torch.sqrt(s**2 + 4))
+
+
+# alpha as a function of gamma; sigma = alpha exp(gamma / 2) in all of them
+SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "vp": lambda gamma: torch.sigmoid(-gamma).sqrt(),
+    "ve": torch.ones_like,
+    "subvp": _subvp_alpha,
+    "flow": lambda gamma: torch.sigmoid(-gamma / 2),
+}
+
+
+def prior_variance(scaling: str, gamma_max: float) -> float:
+    """v of the prior y_1 ~ N(0, v I): 1 / alpha_1^2 where the model says z_1 ~ N(0, I), s_1^2 for 've'."""
+    if scaling == "ve":
+        return math.exp(gamma_max)
+    alpha = SCALINGS[scaling](torch.tensor(gamma_max, dtype=torch.float64))
+    return float(alpha**-2)
+
+
+def step_variance(scaling: str, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
+    """beta of a step in y: (sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) / alpha_s^2, the upper variance of DDPM."""
+    alpha = SCALINGS[scaling]
+    ratio = (alpha(gamma_t) / alpha(gamma_s)) ** 2
+    return ratio * torch.exp(gamma_t) * -torch.expm1(gamma_s - gamma_t)
+
+
+# --- grids: the levels a sampler queries, descending, float64 --------------------------------------------------------------
+
+
+def _uniform_t(schedule: Schedule, steps: int) -> Tensor:
+    return schedule.gamma(torch.linspace(1, 0, steps, dtype=torch.float64))
+
+
+def _uniform_gamma(schedule: Schedule, steps: int) -> Tensor:
+    return torch.linspace(schedule.gamma_max, schedule.gamma_min, steps, dtype=torch.float64)
+
+
+def _rho(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
+    """EDM's grid, s_i = (s_max^(1/rho) + i / (N - 1) (s_min^(1/rho) - s_max^(1/rho)))^rho (Karras et al. 2022, eq. 5)."""
+    first, last = (math.exp(g / 2 / rho) for g in (schedule.gamma_max, schedule.gamma_min))
+    return 2 * rho * torch.log(torch.linspace(first, last, steps, dtype=torch.float64))
+
+
+def _table(schedule: Schedule, name: str) -> Tensor:
+    table = getattr(schedule, "table", None)
+    if table is None:
+        raise ValueError(f"grid '{name}' picks from a table of discrete steps, which {type(schedule).__name__} has not; use uniform_t, uniform_gamma or rho")
+    return table
+
+
+def _leading(schedule: Schedule, steps: int) -> Tensor:
+    """Indices 0, T // N, 2 (T // N), ..."""
+    table = _table(schedule, "leading")
+    return table[torch.arange(steps) * (len(table) // steps)].flip(0)
+
+
+def _trailing(schedule: Schedule, steps: int) -> Tensor:
+    """Indices round(T - i T / N) - 1 for i = 0..N-1."""
+    table = _table(schedule, "trailing")
+    index = (len(table) * (steps - torch.arange(steps, dtype=torch.float64)) / steps).round().long() - 1
+    return table[index]
+
+
+def _linspace(schedule: Schedule, steps: int) -> Tensor:
+    """Indices round(i (T - 1) / (N - 1)): both ends included."""
+    table = _table(schedule, "linspace")
+    return table[torch.linspace(0, len(table) - 1, steps, dtype=torch.float64).round().long()].flip(0)
+
+
+def _quadratic(schedule: Schedule, steps: int) -> Tensor:
+    """Indices floor(linspace(0, sqrt(0.8 T), N)^2) (Song et al. 2020, DDIM)."""
+    table = _table(schedule, "quadratic")
+    index = torch.linspace(0, math.sqrt(0.8 * len(table)), steps, dtype=torch.float64).square().long()
+    return table[index].flip(0)
+
+
+GRIDS: dict[str, Callable[..., Tensor]] = {
+    "uniform_t": _uniform_t,
+    "uniform_gamma": _uniform_gamma,
+    "rho": _rho,
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "quadratic": _quadratic,
+}
+
+
+def explicit_grid(schedule: Schedule, indices: Sequence[int]) -> Tensor:
+    """The levels of any strictly increasing subsequence of a table's step indices, descending."""
+    table = _table(schedule, "explicit")
+    if list(indices) != sorted(set(indices)) or not indices or indices[0] < 0 or indices[-1] >= len(table):
+        raise ValueError(f"grid: indices must be strictly increasing within 0..{len(table) - 1}, got {list(indices)}")
+    return table[torch.tensor(list(indices))].flip(0)
+
+
+@torch.no_grad()
+def grid(name: str, schedule: Schedule, steps: int, **options: float) -> Tensor:
+    """The levels to query: gamma, float64 (steps,), strictly descending within the law's range.
+
+    The last move, from the lowest level to s = 0, is no query.
+
+    Raises:
+        ValueError: unknown grid, steps < 1, or more steps than a table allows.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps == 1:
+        return torch.tensor([schedule.gamma_max], dtype=torch.float64)
+    levels = choose(GRIDS, name, "grid")(schedule, steps, **options)
+    if not bool((levels.diff() < 0).all()):
+        raise ValueError(f"grid '{name}' with {steps} steps repeats a level; use fewer steps")
+    return levels

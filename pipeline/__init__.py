@@ -1,0 +1,30 @@
+"""From a bucket of images to autoscaled sampling and likelihood endpoints for diffusion models.
+
+    import pipeline
+    model = pipeline.load("models:/digits@champion")
+    images = model.sample(16)
+    print(model.bits_per_dim(images).bits_per_dim)
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.model import Model
+
+
+def load(url: str, *, device: str = "cpu", tracking_uri: str | None = None) -> "Model":
+    """A trained model, verified against its digests.
+
+    url: `models:/NAME@alias` or `models:/NAME/VERSION` in the MLflow registry, or a model directory (local path or s3://).
+    device: where the network runs; tracking_uri: the registry's server or database (default: MLflow's own setting).
+
+    Raises:
+        ValueError: no such version, or files that do not match their digests.
+    """
+    if url.startswith("models:/"):
+        from pipeline.tracking.registry import fetch
+
+        url = fetch(url, tracking_uri=tracking_uri)
+    from pipeline.model import load as load_directory
+
+    return load_directory(url, device)

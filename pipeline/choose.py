@@ -1,8 +1,9 @@
 """Choosing by name from a plain table, with an error that teaches the names."""
 
 import difflib
-from collections.abc import Mapping
-from typing import TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -18,3 +19,23 @@ def choose(table: Mapping[str, T], name: str, kind: str) -> T:
     near = difflib.get_close_matches(str(name), table, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     raise ValueError(f"unknown {kind} '{name}'{hint}; choose one of: {', '.join(table)}")
+
+
+def build(table: Mapping[str, Callable[..., T]], spec: Mapping[str, Any], kind: str) -> T:
+    """Call the entry that `spec` names with the rest of `spec` as its options: {"name": "cosine", "s": 0.008}.
+
+    Raises:
+        ValueError: no or unknown name, or an option that the entry does not have; lists the valid ones.
+    """
+    options = dict(spec)
+    if "name" not in options:
+        raise ValueError(f"{kind}: needs a name; choose one of: {', '.join(table)}")
+    name = options.pop("name")
+    make = choose(table, name, kind)
+    valid = inspect.signature(make).parameters
+    for option in options:
+        if option not in valid:
+            near = difflib.get_close_matches(option, valid, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise ValueError(f"{kind} '{name}' has no option '{option}'{hint}; its options: {', '.join(valid) or 'none'}")
+    return make(**options)

@@ -58,5 +58,43 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero each element with probability p and scale the rest by 1 / (1 - p); the random stream is torch's global one."""
-    return F.dropout(x, p, training)
+    """Zero each element with probability p and scale the rest by 1 / (1 - p); the random stream is torch's global one.
+
+    On a CPU `x` is changed in place.
+    """
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    return SparseDropout.apply(x, p)
+
+
+class SparseDropout(torch.autograd.Function):
+    """Dropout that draws the gaps between dropped elements (geometric) in place of one number an element."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
+        ctx.dropped, ctx.scale = dropped_positions(x.numel(), p), 1 / (1 - p)
+        ctx.mark_dirty(x)
+        x.mul_(ctx.scale)
+        in_memory_order(x).index_fill_(0, ctx.dropped, 0.0)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad * ctx.scale
+        in_memory_order(grad).index_fill_(0, ctx.dropped, 0.0)
+        return grad, None
+
+
+def in_memory_order(x):
+    if x.is_contiguous():
+        return x.view(-1)
+    return x.permute(0, 2, 3, 1).view(-1)
+
+
+def dropped_positions(count: int, p: float) -> Tensor:
+    draws = int(count * p + 6 * math.sqrt(count * p)) + 8
+    gaps = torch.rand(draws).neg_().add_(1).log_().mul_(1 / math.log1p(-p)).floor_().add_(1).to(torch.int32)
+    at = gaps.cumsum(0, dtype=torch.int32).sub_(1)
+    return at[: int(torch.searchsorted(at, count))].long()

@@ -33,6 +33,11 @@ class Schedule(Protocol):
     def time(self, gamma: Tensor) -> Tensor: ...
 
 
+def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """d function / dt at each entry of t by forward differentiation; function acts entry by entry. Differentiable itself."""
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+
+
 # --- laws with a published table -----------------------------------------------------------------------------------
 
 
@@ -325,11 +330,14 @@ class LearnedGamma(nn.Module):
         hidden = torch.sigmoid(self.l2_weight.abs() * (2 * line[..., None] - 1) + self.l2_bias)
         return line + (self.l3_weight.abs() * hidden).mean(-1)
 
+    def fraction(self, t: Tensor) -> Tensor:
+        """(gamma(t) - gamma(0)) / (gamma(1) - gamma(0)), float64: the interior, free of the end points; 0 at 0 and 1 at 1."""
+        raw_0, raw_1 = self._raw(t.new_zeros(())), self._raw(t.new_ones(()))
+        return (self._raw(t) - raw_0) / (raw_1 - raw_0)
+
     def gamma(self, t: Tensor) -> Tensor:
         """Differentiable in t and in the parameters; float64 inside."""
-        raw_0, raw_1 = self._raw(t.new_zeros(())), self._raw(t.new_ones(()))
-        fraction = (self._raw(t) - raw_0) / (raw_1 - raw_0)
-        return (self.ends[0] + (self.ends[1] - self.ends[0]) * fraction).to(t.dtype)
+        return (self.ends[0] + (self.ends[1] - self.ends[0]) * self.fraction(t)).to(t.dtype)
 
     @torch.no_grad()
     def time(self, gamma: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""What every job shares: a run file and overrides on the command line, and errors as one line with exit code 2."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+console = Console(stderr=False, highlight=False)
+
+
+def parser(verb: str, description: str, sections: Sequence[str]) -> argparse.ArgumentParser:
+    """`python -m jobs.VERB RUN_FILE [key=value ...]`. The help lists the keys of the sections that the job reads."""
+    epilog = _Lazy(lambda: "keys of the run file, override with section.key=value [default]:\n\n" + _describe(sections))
+    made = argparse.ArgumentParser(
+        prog=f"python -m jobs.{verb}",
+        description=description,
+        epilog=epilog,  # pyright: ignore[reportArgumentType]
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("run_file", help="a complete run file, for example jobs/configs/digits.yaml")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="values laid on top of the run file")
+    return made
+
+
+@dataclass
+class _Lazy:
+    """Text made when it is printed: listing the keys imports every section's owner."""
+
+    make: Callable[[], str]
+    text: str = field(default="", init=False)
+
+    def __str__(self) -> str:
+        return self.make()
+
+    def __mod__(self, _values: object) -> str:
+        return self.make()
+
+    def __contains__(self, _part: str) -> bool:
+        return False
+
+
+def _describe(sections: Sequence[str]) -> str:
+    from pipeline.config import describe
+
+    return describe(sections)
+
+
+def one_line(error: BaseException) -> str:
+    """What a user needs of an error: the cause's message, on one line."""
+    cause = getattr(error, "cause", None)  # Ray wraps what a task raised
+    if isinstance(cause, BaseException):
+        return one_line(cause)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(run: Callable[[], int | None]) -> None:
+    """Run a job: 0 done, 2 for what a user can mend (one line on stderr), 130 after Ctrl-C.
+
+    RAYDIFFUSION_TRACEBACK=1 shows the traceback as well.
+    """
+    try:
+        code = run() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("RAYDIFFUSION_TRACEBACK"):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,207 @@
+"""The run file: one complete, typed, strict YAML file for a whole run, and `a.b=c` overrides on the command line.
+
+Each section is a dataclass that lives beside its owner. An unknown key is an error that names the valid ones; the help of a key is
+the text beside its type.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+from pipeline.data.shards import ShardConfig
+from pipeline.data.stream import StreamConfig
+from pipeline.evaluation import EvaluationConfig
+from pipeline.model import ModelConfig
+from pipeline.serving.requests import ServingConfig
+from pipeline.training.loop import TrainingConfig
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What a run asks of Ray."""
+
+    address: Annotated[str | None, "Ray cluster to join; null: the one around this job (RAY_ADDRESS), else start one here"] = None
+    workers: Annotated[int, "training processes (DDP ranks)"] = 1
+    cpus_per_worker: Annotated[float, "CPU cores a training process asks for"] = 1.0
+    gpus_per_worker: Annotated[float, "GPUs a training process asks for; 0 trains on CPU with gloo"] = 0.0
+    cpus_per_reader: Annotated[float, "CPU cores a read task asks for, a fraction where the workers use all cores"] = 0.25
+    max_failures: Annotated[int, "restarts from the newest checkpoint before a run is given up; -1 for no limit"] = 3
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"cluster.workers must be at least 1, got {self.workers}")
+        if self.cpus_per_worker <= 0 or self.cpus_per_reader <= 0 or self.gpus_per_worker < 0:
+            raise ValueError("cluster: cpus_per_worker and cpus_per_reader must be positive, gpus_per_worker 0 or more")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where runs and models are recorded. Credentials come from the environment (MLFLOW_TRACKING_USERNAME, ...), never from here."""
+
+    uri: Annotated[str, "MLflow server (http://...) or database (sqlite:///path.db)"] = "sqlite:///artifacts/mlflow.db"
+    experiment: Annotated[str, "MLflow experiment"] = "raydiffusion"
+    model: Annotated[str | None, "name in the model registry; null: the run's name"] = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: shard, train, evaluate, register, serve."""
+
+    name: Annotated[str, "name of the run; starting it again continues it"]
+    output: Annotated[str, "where checkpoints, models and reports go: a folder or s3://bucket/prefix"]
+    shard: ShardConfig
+    stream: StreamConfig
+    model: ModelConfig
+    seed: Annotated[int, "keys the order of samples and every random draw"] = 0
+    init: Annotated[str | None, "start from these weights: models:/NAME@alias or a model directory; null: fresh"] = None
+    objective: Annotated[dict[str, Any], "training objective: name and its options"] = field(
+        default_factory=lambda: {"name": "simple"}
+    )
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name[0] in "-.":
+            raise ValueError(f"name must be letters, digits, '-', '_' and '.', got '{self.name}'")
+
+    @property
+    def registered_model(self) -> str:
+        return self.tracking.model or self.name
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without its Annotated help and without `| None`."""
+    if typing.get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        inner = [a for a in get_args(annotation) if a is not type(None)]
+        if len(inner) == 1:
+            return inner[0]
+    return annotation
+
+
+def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for the first key that `cls` has not, with the valid ones and the nearest match."""
+    hints = get_type_hints(cls)
+    valid = [f.name for f in fields(cls)]
+    for key, value in values.items():
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            place = f"in section '{where}'" if where else "at the top"
+            raise ValueError(f"unknown key '{key}' {place}{hint}; valid keys: {', '.join(valid)}")
+        section = hints[key]
+        if is_dataclass(section):
+            path = f"{where}.{key}" if where else key
+            if not isinstance(value, Mapping):
+                raise ValueError(f"'{path}' is a section with keys of its own, got {value!r}")
+            _check_keys(section, value, path)  # pyright: ignore[reportArgumentType]
+
+
+def from_plain(values: Mapping[str, Any], source: str = "run configuration") -> RunConfig:
+    """A RunConfig from nested plain values.
+
+    Raises:
+        ValueError: unknown key, missing key, or a value of the wrong type or range; names the key and `source`.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        _check_keys(RunConfig, values, "")
+        return TypeAdapter(RunConfig).validate_python(dict(values))
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            message = problem["msg"].removeprefix("Value error, ")
+            got = "" if problem["type"] in ("missing", "value_error", "dataclass_type") else f", got {problem['input']!r}"
+            problems.append(f"{key}: {message}{got}" if key else message)
+        raise ValueError(f"{source}: " + "; ".join(problems)) from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply overrides such as `training.learning_rate=1e-3`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an override that is not `key=value`, or anything `from_plain` refuses.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no run file at {path}; complete ones are in jobs/configs/")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected sections (name, output, shard, ...), got {type(values).__name__}")
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise ValueError(f"'{override}' is not an override; write section.key=value, for example training.images=100000")
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
+    return from_plain(_merge(values, typing.cast(dict[str, Any], given)), path)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`. A choice (a mapping with a name) that is given another name starts afresh: its options were the other's."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and ("name" not in value or value["name"] == old.get("name")):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values; `from_plain` takes them back."""
+    return asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The complete run file, every default written out."""
+    import json
+
+    import yaml
+
+    return yaml.safe_dump(json.loads(json.dumps(to_plain(config))), sort_keys=False, width=120)
+
+
+def _default(item: "Field[Any]") -> str:
+    if item.default is not MISSING:
+        return "null" if item.default is None else str(item.default)
+    if item.default_factory is not MISSING:
+        return str(item.default_factory())
+    return "required"
+
+
+def describe(sections: Sequence[str] | None = None) -> str:
+    """The keys of the run file with type, default and meaning; `sections` limits it to those a job reads."""
+    return "\n".join(_describe(RunConfig, "", None if sections is None else set(sections)))
+
+
+def _describe(cls: type, prefix: str, sections: set[str] | None) -> Iterator[str]:
+    hints = get_type_hints(cls, include_extras=True)
+    for item in fields(cls):
+        bare = _bare(hints[item.name])
+        if is_dataclass(bare):
+            if not prefix and sections is not None and item.name not in sections:
+                continue
+            yield f"\n{prefix}{item.name}:  {(bare.__doc__ or '').strip().splitlines()[0]}"
+            yield from _describe(bare, f"{prefix}{item.name}.", None)  # pyright: ignore[reportArgumentType]
+            continue
+        meta = get_args(hints[item.name])[1:] if typing.get_origin(hints[item.name]) is Annotated else ()
+        text = next((m for m in meta if isinstance(m, str)), "")
+        yield f"  {prefix}{item.name:<{max(1, 30 - len(prefix))}} {text} [{_default(item)}]"

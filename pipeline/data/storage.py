@@ -1,0 +1,407 @@
+"""Bytes at a URL: a local path or s3://bucket/key, and nothing else.
+
+Every file the system reads or writes goes through here, so this is where other schemes (`pipe:`, `http:`, `file:`) and relative paths that leave their root are refused. Writing is atomic: a reader sees
+the old bytes or the new ones. S3 is reached through boto3, which takes endpoint, region and credentials from the environment or the instance role (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+"""
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T")
+
+ATTEMPTS = 8
+FIRST_DELAY_S = 0.1
+LONGEST_DELAY_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 10.0  # without a single byte
+MISSING_ATTEMPTS = 3  # a 404 for an object that should exist is tried again: stores answer so while they settle
+ONE_PUT_BYTES = 5 << 30
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*):")
+_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class StorageError(OSError):
+    """A store that did not answer after all retries, or refused; names the URL and the last reason."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A parsed URL: `bucket` is None for a local path; `path` is the local path or the S3 key (may be empty for a whole bucket)."""
+
+    bucket: str | None
+    path: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed file: `path` relative to the listed URL with forward slashes, `size` in bytes."""
+
+    path: str
+    size: int
+
+
+def parse(url: str) -> Location:
+    """A URL's parts.
+
+    Raises:
+        ValueError: any scheme but s3, a malformed bucket, `.` or `..` in an S3 key, control characters.
+    """
+    if not url or _CONTROL.search(url):
+        raise ValueError(f"not a storage URL: {url!r}; give a local path or s3://bucket/prefix")
+    scheme = _SCHEME.match(url)
+    if scheme is None:
+        return Location(None, url)
+    if scheme.group(1) != "s3" or not url.startswith("s3://"):
+        raise ValueError(
+            f"refused URL {url!r}: scheme '{scheme.group(1)}:' is not allowed; give a local path (./name for a name with a colon) or s3://bucket/prefix"
+        )
+    bucket, _, key = url[len("s3://") :].partition("/")
+    if not _BUCKET.match(bucket):
+        raise ValueError(f"refused URL {url!r}: '{bucket}' is not a bucket name")
+    key = key.rstrip("/")
+    if key and any(part in ("", ".", "..") for part in key.split("/")):
+        raise ValueError(f"refused URL {url!r}: empty, '.' or '..' parts in an S3 key")
+    return Location(bucket, key)
+
+
+def join(root: str, *relative: str) -> str:
+    """`root` with relative parts below it.
+
+    Raises:
+        ValueError: a part that is absolute, has a scheme, a backslash, a control character, or leaves the root by `..`.
+    """
+    parse(root)
+    url = root.rstrip("/") or "/"
+    for part in relative:
+        pieces = part.split("/")
+        if (
+            _SCHEME.match(part)
+            or "\\" in part
+            or _CONTROL.search(part)
+            or any(piece in ("", ".", "..") for piece in pieces)
+        ):
+            raise ValueError(f"refused path {part!r} below {root}: it must be relative and stay below its root")
+        url = f"{url.rstrip('/')}/{part}"
+    return url
+
+
+def is_s3(url: str) -> bool:
+    """Whether the URL is on S3."""
+    return parse(url).bucket is not None
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """sha256 in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(url: str) -> str:
+    """sha256 in hex of what lies at a URL, read in pieces of 8 MiB."""
+    total = hashlib.sha256()
+    location = parse(url)
+    if location.bucket is None:
+        with open(location.path, "rb") as file:
+            while piece := file.read(8 << 20):
+                total.update(piece)
+    else:
+        size, at = size_of(url), 0
+        while at < size:
+            piece = read_bytes(url, at, min(at + (8 << 20), size))
+            total.update(piece)
+            at += len(piece)
+    return total.hexdigest()
+
+
+def exists(url: str) -> bool:
+    """Whether a file (not a folder) lies at the URL."""
+    try:
+        size_of(url, attempts_if_missing=1)
+    except (FileNotFoundError, IsADirectoryError):
+        return False
+    return True
+
+
+def size_of(url: str, attempts_if_missing: int = MISSING_ATTEMPTS) -> int:
+    """Bytes of the file at the URL.
+
+    Raises:
+        FileNotFoundError: nothing there. IsADirectoryError: a local folder.
+    """
+    location = parse(url)
+    if location.bucket is None:
+        if os.path.isdir(location.path):
+            raise IsADirectoryError(f"{url} is a folder")
+        return os.stat(location.path).st_size
+    where = {"Bucket": location.bucket, "Key": location.path}
+    return int(_retried(url, lambda: _client().head_object(**where)["ContentLength"], attempts_if_missing))
+
+
+def read_bytes(url: str, start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes start..stop-1 of the file, or all of it.
+
+    Raises:
+        FileNotFoundError: nothing there. StorageError: the store did not deliver; also when it delivered fewer bytes than it announced.
+    """
+    location = parse(url)
+    if stop is not None and stop <= start:
+        return b""
+    if location.bucket is None:
+        with open(location.path, "rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
+    where: dict[str, Any] = {"Bucket": location.bucket, "Key": location.path}
+    if start or stop is not None:
+        where["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+
+    def fetch() -> bytes:
+        answer = _client().get_object(**where)
+        body = answer["Body"].read()
+        if len(body) != answer["ContentLength"]:
+            raise ConnectionError(f"body of {len(body)} bytes where {answer['ContentLength']} were announced")
+        return body
+
+    return _retried(url, fetch)
+
+
+def write_bytes(url: str, data: bytes | bytearray | memoryview) -> None:
+    """Writes a whole file atomically and durably: temporary file, fsync, rename; on S3 a single PUT."""
+    location = parse(url)
+    if location.bucket is None:
+        with _replacing(location.path) as file:
+            file.write(data)
+        return
+    body = bytes(data) if not isinstance(data, bytes) else data
+    _retried(url, lambda: _client().put_object(Bucket=location.bucket, Key=location.path, Body=body))
+
+
+def write_file(url: str, path: str | os.PathLike[str]) -> None:
+    """Copies a local file to a URL, atomically; on S3 a single PUT up to 5 GiB, a multipart upload beyond."""
+    location = parse(url)
+    with open(path, "rb") as source:
+        if location.bucket is None:
+            with _replacing(location.path) as file:
+                shutil.copyfileobj(source, file, 8 << 20)
+            return
+
+        def send() -> None:
+            source.seek(0)
+            if os.fstat(source.fileno()).st_size <= ONE_PUT_BYTES:
+                _client().put_object(Bucket=location.bucket, Key=location.path, Body=source)
+            else:
+                _client().upload_fileobj(_Unclosed(source), location.bucket, location.path)
+
+        _retried(url, send)
+
+
+def fetch_file(url: str, path: str | os.PathLike[str]) -> None:
+    """Copies what lies at a URL to a local file, atomically, 64 MiB in memory at a time."""
+    size = size_of(url)
+    with _replacing(os.fspath(path)) as file:
+        at = 0
+        while at < size:
+            piece = read_bytes(url, at, min(at + (64 << 20), size))
+            if not piece:
+                raise StorageError(f"{url} became shorter while it was read: {at} of {size} bytes")
+            file.write(piece)
+            at += len(piece)
+
+
+def list_files(url: str) -> Iterator[Entry]:
+    """Every file below a folder or prefix, one at a time, in a fixed order; nothing for an empty or missing one.
+
+    Local names that begin with a dot are left out (temporary files among them); links are followed, a loop of folder links is not entered twice.
+    """
+    location = parse(url)
+    if location.bucket is None:
+        yield from _walk(location.path, "", ())
+        return
+    prefix = f"{location.path}/" if location.path else ""
+    token: str | None = None
+    while True:
+        where: dict[str, Any] = {"Bucket": location.bucket, "Prefix": prefix}
+        if token is not None:
+            where["ContinuationToken"] = token
+        page = _retried(url, lambda where=where: _client().list_objects_v2(**where))
+        for item in page.get("Contents", ()):
+            relative = item["Key"][len(prefix) :]
+            if (
+                relative
+                and not relative.endswith("/")
+                and not any(part.startswith(".") for part in relative.split("/"))
+            ):
+                yield Entry(relative, int(item["Size"]))
+        token = page.get("NextContinuationToken")
+        if not token:
+            return
+
+
+def delete(url: str) -> None:
+    """Removes one file; nothing happens where there is none."""
+    location = parse(url)
+    if location.bucket is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(location.path)
+        return
+    _retried(url, lambda: _client().delete_object(Bucket=location.bucket, Key=location.path))
+
+
+def delete_tree(url: str) -> None:
+    """Removes every file below a folder or prefix, and the local folder itself."""
+    location = parse(url)
+    if location.bucket is None:
+        if os.path.isdir(location.path):
+            shutil.rmtree(location.path)
+        return
+    if not location.path:
+        raise ValueError(f"refused to empty the whole bucket {url}")
+    for entry in list_files(url):
+        delete(f"{url.rstrip('/')}/{entry.path}")
+
+
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
+        elif entry.is_file():
+            yield Entry(prefix + entry.name, entry.stat().st_size)
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file that takes the name `path` when the block ends well, and leaves nothing when it does not."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    parent = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+@lru_cache(maxsize=1)
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+class _Unclosed:
+    """A file that boto3's transfer cannot close, so that a retry can rewind it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def read(self, size: int = -1) -> bytes:
+        return self.file.read(size)
+
+
+def _client() -> Any:
+    """The S3 client of this process and endpoint (a client must not cross a fork)."""
+    return _client_of(os.getpid(), os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+
+
+@lru_cache(maxsize=4)
+def _client_of(pid: int, endpoint: str | None) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        config=Config(
+            retries={"total_max_attempts": 1},  # one policy only: _retried
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=READ_TIMEOUT_S,
+            max_pool_connections=64,
+            request_checksum_calculation="when_required",  # stores other than AWS refuse the newer trailers; we keep our own digests
+            response_checksum_validation="when_required",
+        ),
+    )
+
+
+def _retried(url: str, call: Callable[[], T], attempts_if_missing: int = MISSING_ATTEMPTS) -> T:
+    """Runs an S3 request, again after a passing failure with exponential, jittered delays.
+
+    Raises:
+        FileNotFoundError, PermissionError: what the store said. StorageError: everything else, after ATTEMPTS tries.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    last: Exception | None = None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt) * random.uniform(0.5, 1.0))
+        try:
+            return call()
+        except NoCredentialsError as error:
+            raise PermissionError(
+                f"{url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role"
+            ) from error
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            if code == "NoSuchBucket":
+                raise FileNotFoundError(f"{url}: there is no such bucket") from error
+            if status == 404 and attempt + 1 >= attempts_if_missing:
+                raise FileNotFoundError(f"{url}: there is no such object") from error
+            if status in (401, 403):
+                raise PermissionError(f"{url}: the store refused ({code})") from error
+            if (
+                status < 500
+                and status not in (404, 408, 429)
+                and code not in ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed")
+            ):
+                raise StorageError(f"{url}: the store answered {status} {code}") from error
+            last = error
+        except (BotoCoreError, OSError) as error:
+            last = error
+        except Exception as error:  # urllib3 errors come through bare from a streamed body
+            if not type(error).__module__.startswith("urllib3"):
+                raise
+            last = error
+    raise StorageError(
+        f"{url}: no answer after {ATTEMPTS} tries; the last failure: {type(last).__name__}: {last}"
+    ) from last
+
+
+def local_path(url: str) -> Path | None:
+    """The path of a local URL, None on S3."""
+    location = parse(url)
+    return Path(location.path) if location.bucket is None else None

@@ -1,0 +1,139 @@
+"""The last link of a likelihood: from the least noisy y_0 = x + s_0 eps to the probability of an 8-bit image.
+
+A decoder is a generator (it may ask the network) that returns log p(u | y_0) of the image's grey levels u.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.procedure import Procedure, Query
+
+
+def row_sum(values: Tensor) -> Tensor:
+    """(n, ...) -> (n,): the sum of each row, by pairwise folding.
+
+    Elementwise additions alone, so that a row's bits do not depend on how many rows there are, on any device.
+    """
+    flat = values.flatten(1)
+    while flat.shape[1] > 1:
+        half = flat.shape[1] // 2
+        odd = flat[:, 2 * half :]
+        flat = flat[:, :half] + flat[:, half : 2 * half]
+        if odd.shape[1]:
+            flat = torch.cat([flat[:, :-1], flat[:, -1:] + odd], dim=1)
+    return flat[:, 0] if flat.shape[1] else flat.sum(1)
+
+
+@dataclass(frozen=True)
+class PixelGrid:
+    """Where the grey levels lie in model space: level u at first + bin * u, u in 0..levels-1. A bin holds the density's volume."""
+
+    levels: int = 256
+    first: float = -255 / 256
+    bin: float = 1 / 128
+
+    def __post_init__(self) -> None:
+        if self.levels < 2 or not self.bin > 0:
+            raise ValueError(f"pixel grid: need levels >= 2 and bin > 0, got {self.levels} and {self.bin:g}")
+
+    @property
+    def log_volume(self) -> float:
+        """log(bin): nats a dimension between a density in model space and the probability of a grey level."""
+        return math.log(self.bin)
+
+    def values(self, like: Tensor) -> Tensor:
+        """float64 (levels,): each level's place in model space."""
+        return self.first + self.bin * torch.arange(self.levels, dtype=torch.float64, device=like.device)
+
+    def index(self, x: Tensor) -> Tensor:
+        """int64, shaped like x: the grey level of each pixel.
+
+        Raises:
+            ValueError: a pixel lies off the grid by more than 1/1000 of a bin, or beyond its ends.
+        """
+        position = (x.double() - self.first) / self.bin
+        index = position.round()
+        bad = ~((position - index).abs() <= 1e-3) | (index < 0) | (index >= self.levels)
+        if bool(bad.any()):
+            last = self.first + self.bin * (self.levels - 1)
+            raise ValueError(
+                f"image {int(bad.flatten(1).any(1).nonzero()[0, 0])} of the batch has the value {float(x[bad][0]):.6g}, which is not one of the "
+                f"{self.levels} grey levels {self.first:.6g}, {self.first + self.bin:.6g}, ..., {last:.6g} of model space: a likelihood is that "
+                f"of an 8-bit image; convert it with pipeline.data.images and add no noise to it"
+            )
+        return index.long()
+
+
+def log_softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> Tensor:
+    """log p(u | y) elementwise: a softmax over all levels v of -((y - v) / s)^2 / 2 (Kingma et al. 2021, eq. 10)."""
+    own = -0.5 * ((y - (pixels.first + pixels.bin * index)) / s) ** 2
+    logits = -0.5 * ((y[..., None] - pixels.values(y)) / s) ** 2
+    return own - torch.logsumexp(logits, -1)
+
+
+def log_bin_probability(mean: Tensor, std: float | Tensor, index: Tensor, pixels: PixelGrid) -> Tensor:
+    """log of the mass of N(mean, std^2) in each pixel's bin, elementwise, by the exact CDF; the end bins reach to infinity.
+
+    (Ho et al. 2020, eq. 13.)
+    """
+    centre = pixels.first + pixels.bin * index - mean
+    upper = torch.where(index == pixels.levels - 1, math.inf, (centre + pixels.bin / 2) / std)
+    lower = torch.where(index == 0, -math.inf, (centre - pixels.bin / 2) / std)
+    # in the upper tail both CDFs are 1 to rounding: take the mirror image there
+    mirrored = lower > 0
+    upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
+    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
+
+
+@lru_cache(maxsize=8)
+def _expected_softmax(pixels: PixelGrid, s: float) -> Tensor:
+    """float64 (levels,): E[-log p(u | x_u + s eps)] by the trapezoid rule, exact to 1e-10 as the integrand is smooth and vanishes."""
+    eps = torch.linspace(-9, 9, 361, dtype=torch.float64)
+    weight = torch.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) * (eps[1] - eps[0])
+    index = torch.arange(pixels.levels)
+    y = pixels.values(eps)[:, None] + s * eps
+    return -(log_softmax_level(y, s, index[:, None].expand_as(y), pixels) * weight).sum(1)
+
+
+def expected_softmax(s: float, index: Tensor, pixels: PixelGrid) -> Tensor:
+    """(n,) nats: E over y_0 = x + s eps of -log p(u | y_0), the softmax decoder's reconstruction term, without sampling."""
+    return row_sum(_expected_softmax(pixels, s).to(index.device)[index])
+
+
+@dataclass(frozen=True)
+class DecoderTask:
+    """What a decoder is asked: log p(index | y) where y (n, ...) is at `gamma`.
+
+    std: float, the Gaussian decoder's standard deviation in model space; conditioning has n rows.
+    """
+
+    y: Tensor
+    gamma: float
+    index: Tensor
+    conditioning: Conditioning
+    pixels: PixelGrid
+    std: float
+
+
+def softmax_decoder(task: DecoderTask) -> Procedure[Tensor]:
+    """VDM's decoder: asks nothing of the network."""
+    log_p = log_softmax_level(task.y, math.exp(task.gamma / 2), task.index, task.pixels)
+    return row_sum(log_p)
+    yield  # a generator, as every decoder  # noqa: B901
+
+
+def gaussian_decoder(task: DecoderTask) -> Procedure[Tensor]:
+    """DDPM's decoder: N(x_hat(y), std^2) integrated over each bin."""
+    level = torch.full((len(task.y),), task.gamma, dtype=torch.float64, device=task.y.device)
+    answer = yield Query(task.y, level, task.conditioning)
+    return row_sum(log_bin_probability(answer.x_hat.double(), task.std, task.index, task.pixels))
+
+
+DECODERS: dict[str, Callable[[DecoderTask], Procedure[Tensor]]] = {"softmax": softmax_decoder, "gaussian": gaussian_decoder}

@@ -1,0 +1,260 @@
+"""A model: a denoiser with its configuration and card, and the directory it is stored in.
+
+A model directory is verifiable data: `model.safetensors` (EMA weights), `config.json` (`ModelConfig`), `card.json` (lineage and
+metrics) and `digests.json`, written last, with the sha256 of each of them. Its own sha256 is the model's digest.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Annotated, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline import backbones
+from pipeline.choose import build as build_choice
+from pipeline.choose import choose
+from pipeline.data import images, storage
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.guidance import autoguidance, classifier_free
+from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood, PixelGrid
+from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.procedure import Procedure, drive
+from pipeline.diffusion.randomness import Noise, key_seed
+from pipeline.diffusion.samplers import SAMPLERS, prior
+from pipeline.diffusion.schedule import SCHEDULES, explicit_grid, grid
+
+FILES = ("model.safetensors", "config.json", "card.json")
+PIXELS = PixelGrid(levels=256, first=images.FIRST_LEVEL, bin=images.PIXEL_BIN)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is: enough to build its network and to know how it was trained to denoise."""
+
+    size: Annotated[int, "image height and width, pixels"]
+    channels: Annotated[int, "colour channels: 1 or 3"] = 3
+    classes: Annotated[int, "number of classes; 0 for an unconditional model"] = 0
+    network: Annotated[dict[str, Any], "backbone: name (unet, vdm, dit) and its options"] = field(
+        default_factory=lambda: {"name": "unet"}
+    )
+    schedule: Annotated[dict[str, Any], "time law gamma(t): name and its options"] = field(
+        default_factory=lambda: {"name": "cosine"}
+    )
+    prediction: Annotated[str, "what the network outputs: x, eps, v, score, flow, edm"] = "eps"
+    scaling: Annotated[str, "(alpha, sigma) as functions of gamma: vp, ve, subvp, flow"] = "vp"
+    data_std: Annotated[float, "sigma_data of the edm prediction and the unit_variance input"] = 0.5
+    level: Annotated[str, "what the network is told of the level: normalised_gamma, log_sigma, step_index"] = "step_index"
+    network_input: Annotated[str, "what the network sees: z (= alpha y) or unit_variance (EDM)"] = "z"
+    learned_variance: Annotated[bool, "the network also outputs IDDPM's variance interpolation v"] = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"model.size must be at least 1, got {self.size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"model.channels must be 1 or 3, got {self.channels}")
+        if self.classes < 0:
+            raise ValueError(f"model.classes must be 0 or more, got {self.classes}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
+
+def build(config: ModelConfig) -> Denoiser:
+    """The denoiser of a configuration, freshly initialised from torch's global generator.
+
+    Raises:
+        ValueError: unknown name or option, or a prediction that cannot be decoded within the schedule.
+    """
+    network = backbones.build(
+        build_choice(backbones.BACKBONES, config.network, "network"),
+        channels=config.channels,
+        size=config.size,
+        classes=config.classes,
+        out_channels=config.channels * (2 if config.learned_variance else 1),
+    )
+    return Denoiser(
+        network,
+        build_choice(SCHEDULES, config.schedule, "schedule"),
+        Parameterization(config.prediction, config.scaling, config.data_std),
+        level=config.level,
+        network_input=config.network_input,
+        learned_variance=config.learned_variance,
+    )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `options` are the sampler's own (eta, churn, clip, ...); `grid` None is the sampler's default."""
+
+    sampler: Annotated[str, "name of the sampler"] = "heun"
+    steps: Annotated[int, "levels to query"] = 18
+    grid: Annotated[str | None, "grid of levels; null: the sampler's default"] = None
+    indices: Annotated[tuple[int, ...] | None, "explicit step indices of a tabulated schedule, in place of grid and steps"] = None
+    guidance: Annotated[float, "guidance scale; 1 is the model itself"] = 1.0
+    options: Annotated[dict[str, Any], "the sampler's own options"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How to score. `options` are the estimator's own (levels, probes, tolerance, ...)."""
+
+    estimator: Annotated[str, "name of the likelihood estimator"] = "vlb"
+    options: Annotated[dict[str, Any], "the estimator's own options"] = field(default_factory=dict)
+
+
+class Model:
+    """A denoiser ready to sample and to score. `guide` is a weaker network of the same shape, for auto-guidance."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        denoiser: Denoiser,
+        card: Mapping[str, Any] | None = None,
+        digest: str = "",
+        guide: Denoiser | None = None,
+    ) -> None:
+        self.config = config
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.card = dict(card or {})
+        self.digest = digest
+        self.guide = None if guide is None else guide.eval().requires_grad_(False)
+
+    @property
+    def networks(self) -> dict[str, Denoiser]:
+        return {"main": self.denoiser} if self.guide is None else {"main": self.denoiser, "guide": self.guide}
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def conditioning(self, labels: Sequence[int] | Tensor | None, n: int) -> Conditioning:
+        """Labels as the network takes them: one an image, -1 or None for no class.
+
+        Raises:
+            ValueError: labels for a model without classes, a wrong count, or a class out of range.
+        """
+        if self.config.classes == 0:
+            if labels is not None and any(int(label) >= 0 for label in labels):
+                raise ValueError("labels: this model has no classes")
+            return Conditioning()
+        label = torch.full((n,), -1) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+        if label.shape != (n,):
+            raise ValueError(f"labels: need one an image, {n}, got shape {tuple(label.shape)}")
+        if n and not (-1 <= int(label.min()) and int(label.max()) < self.config.classes):
+            raise ValueError(f"labels must lie in 0..{self.config.classes - 1}, or be -1 for no class; got {label.tolist()}")
+        return Conditioning(label.to(self.device))
+
+    def levels(self, how: Sampling) -> Tensor:
+        """The levels that `how` queries, gamma float64, descending."""
+        schedule = self.denoiser.schedule
+        if how.indices is not None:
+            return explicit_grid(schedule, how.indices)
+        name = how.grid or choose(SAMPLERS, how.sampler, "sampler").grid
+        return grid(name, schedule, how.steps)
+
+    def sampling(
+        self, seeds: Sequence[int], labels: Sequence[int] | Tensor | None = None, how: Sampling | None = None
+    ) -> Procedure[Tensor]:
+        """The procedure that makes len(seeds) images, float (n, C, H, W) in model space; image i depends on seeds[i] alone."""
+        how = how or Sampling()
+        conditioning = self.conditioning(labels, len(seeds))
+        noise = Noise(seeds, self.device)
+        process = self.denoiser.process
+        start = prior(process, (len(seeds), *self.config.shape), noise)
+        sampler = choose(SAMPLERS, how.sampler, "sampler")
+        options = dict(how.options)
+        if sampler.needs_process:
+            options["process"] = process
+        procedure = sampler.procedure(start, self.levels(how), noise, conditioning, **options)
+        if how.guidance == 1.0:
+            return procedure
+        return (classifier_free if self.guide is None else autoguidance)(procedure, how.guidance)
+
+    def scoring(
+        self,
+        pixels: Tensor,
+        seeds: Sequence[int],
+        labels: Sequence[int] | Tensor | None = None,
+        how: Scoring | None = None,
+    ) -> Procedure[Likelihood]:
+        """The procedure that scores uint8 images (n, C, H, W); image i's estimate depends on seeds[i] alone."""
+        how = how or Scoring()
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.config.shape:
+            raise ValueError(f"images must be uint8 (n, {', '.join(map(str, self.config.shape))}), got {pixels.dtype} {tuple(pixels.shape)}")
+        x = images.to_model(pixels.to(self.device))
+        estimator = choose(ESTIMATORS, how.estimator, "estimator")
+        conditioning = self.conditioning(labels, len(pixels))
+        noise = Noise(seeds, self.device)
+        return estimator.procedure(x, self.denoiser.process, noise, conditioning, pixels=PIXELS, **how.options)
+
+    def sample(
+        self, n: int = 16, labels: Sequence[int] | None = None, seed: int = 0, how: Sampling | None = None
+    ) -> Tensor:
+        """n images, uint8 (n, C, H, W)."""
+        seeds = [key_seed("sample", seed, index) for index in range(n)]
+        return images.to_pixels(drive(self.sampling(seeds, labels, how), self.networks)).cpu()
+
+    def bits_per_dim(
+        self, pixels: Tensor, labels: Sequence[int] | None = None, seed: int = 0, how: Scoring | None = None
+    ) -> Likelihood:
+        """Likelihood of uint8 images (n, C, H, W), bits/dim an image with parts and standard errors."""
+        seeds = [key_seed("score", seed, index) for index in range(len(pixels))]
+        return drive(self.scoring(pixels, seeds, labels, how), self.networks)
+
+
+# --- the directory -----------------------------------------------------------------------------------------------------
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1).encode()
+
+
+def save(url: str, config: ModelConfig, weights: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
+    """Write a model directory at `url` (local or s3://); the digests go last, so a cut-off save is never loaded. Returns the digest."""
+    contents = {
+        "model.safetensors": safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in weights.items()}),
+        "config.json": _canonical(asdict(config)),
+        "card.json": _canonical(dict(card)),
+    }
+    digests = _canonical({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()})
+    for name, data in contents.items():
+        storage.write_bytes(storage.join(url, name), data)
+    storage.write_bytes(storage.join(url, "digests.json"), digests)
+    return hashlib.sha256(digests).hexdigest()
+
+
+def load(url: str, device: torch.device | str = "cpu") -> Model:
+    """Read and verify a model directory, local or s3://.
+
+    Raises:
+        ValueError: a file's digest is not the recorded one, or the weights do not fit the configuration.
+        FileNotFoundError: no committed model there.
+    """
+    digests_bytes = storage.read_bytes(storage.join(url, "digests.json"))
+    digests = json.loads(digests_bytes)
+    contents: dict[str, bytes] = {}
+    for name in FILES:
+        contents[name] = storage.read_bytes(storage.join(url, name))
+        got = hashlib.sha256(contents[name]).hexdigest()
+        if got != digests.get(name):
+            raise ValueError(f"{storage.join(url, name)} is damaged: sha256 {got}, expected {digests.get(name)}")
+    config = config_from(json.loads(contents["config.json"]))
+    with torch.random.fork_rng(devices=[]):
+        denoiser = build(config)
+    try:
+        denoiser.load_state_dict(safetensors.torch.load(contents["model.safetensors"]))
+    except RuntimeError as error:
+        raise ValueError(f"{url}: the weights do not fit the configuration: {error}") from error
+    return Model(config, denoiser.to(device), json.loads(contents["card.json"]), hashlib.sha256(digests_bytes).hexdigest())
+
+
+def config_from(values: Mapping[str, Any]) -> ModelConfig:
+    """A ModelConfig from plain JSON; an unknown key is a ValueError that names the valid ones."""
+    return build_choice({"model": ModelConfig}, {"name": "model", **values}, "model configuration")

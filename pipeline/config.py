@@ -28,14 +28,16 @@ class ClusterConfig:
     workers: Annotated[int, "training processes (DDP ranks)"] = 1
     cpus_per_worker: Annotated[float, "CPU cores a training process asks for"] = 1.0
     gpus_per_worker: Annotated[float, "GPUs a training process asks for; 0 trains on CPU with gloo"] = 0.0
-    cpus_per_reader: Annotated[float, "CPU cores a read task asks for, a fraction where the workers use all cores"] = 0.25
     max_failures: Annotated[int, "restarts from the newest checkpoint before a run is given up; -1 for no limit"] = 3
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"cluster.workers must be at least 1, got {self.workers}")
-        if self.cpus_per_worker <= 0 or self.cpus_per_reader <= 0 or self.gpus_per_worker < 0:
-            raise ValueError("cluster: cpus_per_worker and cpus_per_reader must be positive, gpus_per_worker 0 or more")
+        if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
+            raise ValueError(
+                f"cluster: cpus_per_worker must be positive and gpus_per_worker 0 or more, "
+                f"got {self.cpus_per_worker:g} and {self.gpus_per_worker:g}"
+            )
 
 
 @dataclass(frozen=True)

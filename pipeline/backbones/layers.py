@@ -1,7 +1,7 @@
 """The few operations that several networks share. Stateless: the weights belong to the networks."""
 
 import math
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +47,17 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     """Self-attention over the pixels of (n, 3c, h, w), channels ordered (head, [q, k, v], width); (n, c, h, w)."""
     n, channels, h, w = qkv.shape
     width = channels // (3 * heads)
-    q, k, v = qkv.flatten(2).transpose(1, 2).unflatten(2, (heads, 3, width)).permute(3, 0, 2, 1, 4).unbind(0)
+    tokens = qkv.flatten(2).transpose(1, 2).contiguous()  # a view in channels_last
+    q, k, v = tokens.unflatten(2, (heads, 3, width)).permute(3, 0, 2, 1, 4).unbind(0)
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(n, h * w, heads * width).transpose(1, 2).unflatten(2, (h, w))
+
+
+def fast_layout(h: Tensor) -> Tensor:
+    """Activations of a convolutional network as the device likes them: channels_last on a CPU, where it is 1.1 times as
+    fast as the default and nothing downstream undoes it; elsewhere as they are (the training step decides)."""
+    on_cpu = h.device.type == "cpu" and not torch.compiler.is_compiling()
+    return h.contiguous(memory_format=torch.channels_last) if on_cpu else h
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -60,41 +68,57 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Zero each element with probability p and scale the rest by 1 / (1 - p); the random stream is torch's global one.
 
-    On a CPU `x` is changed in place.
+    On a CPU in eager mode `x` (n, c, h, w) is overwritten, and about 8 times less time goes by than in `F.dropout`.
     """
     if not training or p == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    return SparseDropout.apply(x, p)
+    return SparseDropout.apply(x.contiguous(memory_format=layout(x)), p)[0]
 
 
 class SparseDropout(torch.autograd.Function):
-    """Dropout that draws the gaps between dropped elements (geometric) in place of one number an element."""
+    """Dropout that draws the distances between dropped elements, p numbers an element in place of one."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
-        ctx.dropped, ctx.scale = dropped_positions(x.numel(), p), 1 / (1 - p)
+    def forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        dropped = dropped_positions(x.numel(), p)
+        in_memory_order(x.mul_(1 / (1 - p))).index_fill_(0, dropped, 0.0)
+        return x, dropped
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        x, p = inputs
         ctx.mark_dirty(x)
-        x.mul_(ctx.scale)
-        in_memory_order(x).index_fill_(0, ctx.dropped, 0.0)
-        return x
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.scale, ctx.layout = 1 / (1 - p), layout(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad = grad * ctx.scale
-        in_memory_order(grad).index_fill_(0, ctx.dropped, 0.0)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        grad = (grad_outputs[0] * ctx.scale).contiguous(memory_format=ctx.layout)
+        in_memory_order(grad).index_fill_(0, ctx.saved_tensors[0], 0.0)
         return grad, None
 
 
-def in_memory_order(x):
-    if x.is_contiguous():
-        return x.view(-1)
-    return x.permute(0, 2, 3, 1).view(-1)
-
-
 def dropped_positions(count: int, p: float) -> Tensor:
+    """Increasing positions in 0..count-1, each present with probability p: distances are geometric, floor(log u / log(1 - p)) + 1."""
     draws = int(count * p + 6 * math.sqrt(count * p)) + 8
-    gaps = torch.rand(draws).neg_().add_(1).log_().mul_(1 / math.log1p(-p)).floor_().add_(1).to(torch.int32)
-    at = gaps.cumsum(0, dtype=torch.int32).sub_(1)
-    return at[: int(torch.searchsorted(at, count))].long()
+    u = torch.rand(draws).neg_().add_(1.0)  # in (0, 1], on the generator's own grid of 2 ** -24
+    distance = u.log_().div_(math.log1p(-p)).floor_().add_(1.0).clamp_(max=count + 1)
+    at = distance.long().cumsum(0).sub_(1)
+    last = int(at[-1])
+    if last < count:  # happens about once in 10 ** 9 calls: draw for the rest
+        return torch.cat((at, last + 1 + dropped_positions(count - last - 1, p)))
+    return at[: int(torch.searchsorted(at, count))]
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """The dense memory layout nearest to the one of (n, c, h, w) x."""
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """A flat view of dense x."""
+    return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(-1)

@@ -19,6 +19,7 @@ from pipeline.backbones.layers import (
     EmbeddingOrder,
     attend,
     dropout,
+    fast_layout,
     label_embedding,
     norm_silu,
     sinusoidal_embedding,
@@ -247,7 +248,7 @@ class UNet(nn.Module):
             ValueError: labels for a network without classes.
         """
         emb = self.embed(level, conditioning)
-        h = self.conv_in(z)
+        h = fast_layout(self.conv_in(z))
         skips = [h]
         for stage in self.encoder:
             h = stage(h, emb)
@@ -256,7 +257,7 @@ class UNet(nn.Module):
             h = stage(h, emb)
         for stage, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
             h = stage(torch.cat((h, skips.pop()), dim=1) if takes_skip else h, emb)
-        return self.conv_out(norm_silu(h, self.norm_out))
+        return self.conv_out(norm_silu(h, self.norm_out)).contiguous()
 
     def embed(self, level: Tensor, conditioning: Conditioning) -> Tensor:
         """The (n, 4 base) vector that modulates every block, after its last silu."""

@@ -1,9 +1,11 @@
 """Images: encoded bytes -> uint8 pixels -> model space and back. The only module that knows the pixel range.
 
-A grey level u = 0..255 stands in model space at the middle of its bin, x = 2 (u + 0.5) / 256 - 1, so x runs over +-255/256 and the 256 bins of width 1/128 tile [-1, 1] exactly. A model's density in x therefore gives
-bits per dimension -log2 p(x) + log2(128), that is nats / ln 2 + 7, and 8-bit noise under a uniform model scores exactly 8.
+A grey level u = 0..255 stands in model space at the middle of its bin, x = 2 (u + 0.5) / 256 - 1, so x runs over
++-255/256 and the 256 bins of width 1/128 tile [-1, 1] exactly. A model's density in x therefore gives bits per
+dimension -log2 p(x) + log2(128), that is nats / ln 2 + 7, and 8-bit noise under a uniform model scores exactly 8.
 
-Limits are checked on the header, before a decoder sees the bytes. Decoding and resizing are OpenCV's (libjpeg-turbo, libpng, libwebp): about 2.5 times Pillow's rate, same pixels.
+Limits are checked on the header, before a decoder sees the bytes. Decoding and resizing are OpenCV's (libjpeg-turbo,
+libpng, libwebp): about 2.5 times Pillow's rate, same pixels.
 """
 
 import math
@@ -37,7 +39,9 @@ def to_model(u: "Tensor") -> "Tensor":
 
 
 def to_pixels(x: "Tensor") -> "Tensor":
-    """Model space, any float type and shape -> the nearest grey level as uint8; values beyond the range are clamped. Undoes `to_model` exactly."""
+    """Model space, any float type and shape -> the nearest grey level as uint8; values beyond the range are clamped.
+    Undoes `to_model` exactly.
+    """
     return x.float().add(1.0).mul_(1.0 / PIXEL_BIN).sub_(0.5).round_().clamp_(0, GREY_LEVELS - 1).byte()
 
 
@@ -82,7 +86,8 @@ def probe(data: bytes, limits: Limits = Limits()) -> Header:
 
 
 def decode(data: bytes, channels: int, limits: Limits = Limits()) -> UInt8s:
-    """Encoded bytes -> (height, width, channels) uint8, upright (EXIF orientation applied), grey (1) or RGB (3); transparency is laid on white.
+    """Encoded bytes -> (height, width, channels) uint8, upright (EXIF orientation applied), grey (1) or RGB (3);
+    transparency is laid on white.
 
     Raises:
         ValueError: as `probe`, or the decoder refused.
@@ -94,7 +99,8 @@ def decode(data: bytes, channels: int, limits: Limits = Limits()) -> UInt8s:
     pixels = _imdecode(buffer, cv2.IMREAD_GRAYSCALE if header.grey else cv2.IMREAD_COLOR_RGB)
     if pixels.shape[:2] not in ((header.height, header.width), (header.width, header.height)):
         raise ValueError(
-            f"the decoder found {pixels.shape[1]} x {pixels.shape[0]} pixels where the header said {header.width} x {header.height}"
+            f"the decoder found {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+            f"the header said {header.width} x {header.height}"
         )
     return _in_channels(pixels, channels)
 
@@ -150,7 +156,9 @@ def _in_channels(pixels: UInt8s, channels: int) -> UInt8s:
 
 
 def _decode_alpha(data: bytes, channels: int) -> UInt8s:
-    """The rare images with transparency, by Pillow: OpenCV forgets either the orientation or a grey image's transparent level."""
+    """The rare images with transparency, by Pillow: OpenCV forgets either the orientation or a grey image's
+    transparent level.
+    """
     import io
 
     from PIL import Image, ImageOps

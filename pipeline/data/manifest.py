@@ -1,13 +1,14 @@
 """What a finished set of shards is: tables and a digest of their content.
 
     URL/shards/SPLIT-NNNNN-DIGEST.tar            the samples
-    URL/manifest-DIGEST/shards.parquet           one row a shard: url, split, size, sha256, samples, classes, class_counts
-    URL/manifest-DIGEST/samples.parquet          one row a sample: key, shard, offset, size, sha256, content, label, width, height, source
+    URL/manifest-DIGEST/shards.parquet           one row a shard, see SHARDS_SCHEMA
+    URL/manifest-DIGEST/samples.parquet          one row a sample, see SAMPLES_SCHEMA
     URL/manifest-DIGEST/rejects.parquet          one row an image left out: source, reason
     URL/manifest-DIGEST/card.json                counts, per-channel statistics, source, policy
     URL/manifest.json                            written last: until it stands there is no set
 
-The manifest's digest covers image format, class names and, of every shard, url, split, size, sha256 and number of samples: the content, and none of the bytes that a Parquet library happens to write.
+The manifest's digest covers image format, class names and, of every shard, url, split, size, sha256 and number of
+samples: the content, and none of the bytes that a Parquet library happens to write.
 """
 
 import hashlib
@@ -24,6 +25,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data import storage
+
+Table = Any  # pyarrow ships no types
+Column = Any
 
 SCHEMA = 1
 TRAIN, HELD_OUT = "train", "held_out"
@@ -62,7 +66,9 @@ REJECTS_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string())])
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What every sample of a set is: `size` x `size` pixels of `channels` (1 grey, 3 RGB) bytes, stored as `encoding` (png, raw)."""
+    """What every sample of a set is: `size` x `size` pixels of `channels` (1 grey, 3 RGB) bytes, stored as `encoding`
+    (png, raw).
+    """
 
     size: int
     channels: int
@@ -84,8 +90,8 @@ class Split:
     """The shards of one split in manifest order; sample id = starts[shard] + index within the shard."""
 
     name: str
-    urls: pa.ChunkedArray
-    sha256: pa.ChunkedArray
+    urls: Column
+    sha256: Column
     sizes: NDArray[np.int64]
     samples: NDArray[np.int64]
 
@@ -102,13 +108,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished, verified manifest. `class_names` is empty where the set has no classes; `plan` names the sources and the policy it was made by."""
+    """A finished, verified manifest. `class_names` is empty where the set has no classes; `plan` names the sources
+    and the policy it was made by.
+    """
 
     url: str
     digest: str
     image: ImageSpec
     class_names: tuple[str, ...]
-    shards: pa.Table
+    shards: Table
     card: dict[str, Any]
     plan: str
 
@@ -125,9 +133,11 @@ class Manifest:
         return Split(name, rows["url"], rows["sha256"], _integers(rows["size"]), _integers(rows["samples"]))
 
 
-def content_digest(image: ImageSpec, class_names: tuple[str, ...], shards: pa.Table) -> str:
+def content_digest(image: ImageSpec, class_names: tuple[str, ...], shards: Table) -> str:
     """The manifest's digest, sha256 in hex."""
-    total = hashlib.sha256(json.dumps({"schema": SCHEMA, "image": asdict(image), "class_names": class_names}, sort_keys=True).encode())
+    total = hashlib.sha256(
+        json.dumps({"schema": SCHEMA, "image": asdict(image), "class_names": class_names}, sort_keys=True).encode()
+    )
     for name in ("url", "split", "sha256"):
         total.update("\n".join(shards[name].to_pylist()).encode() + b"\n\n")
     for name in ("size", "samples"):
@@ -136,7 +146,14 @@ def content_digest(image: ImageSpec, class_names: tuple[str, ...], shards: pa.Ta
 
 
 def commit(
-    url: str, image: ImageSpec, class_names: tuple[str, ...], shards: pa.Table, samples_path: str, rejects: pa.Table, card: dict[str, Any], plan: str
+    url: str,
+    image: ImageSpec,
+    class_names: tuple[str, ...],
+    shards: Table,
+    samples_path: str,
+    rejects: Table,
+    card: dict[str, Any],
+    plan: str,
 ) -> Manifest:
     """Writes the tables, then `manifest.json`; `samples_path` is the finished local samples.parquet."""
     digest = content_digest(image, class_names, shards)
@@ -151,7 +168,10 @@ def commit(
         "image": asdict(image),
         "class_names": list(class_names),
         "plan": plan,
-        "tables": {name: {"path": f"{folder}/{name}", "sha256": storage.digest_of(storage.join(url, folder, name))} for name in TABLES},
+        "tables": {
+            name: {"path": f"{folder}/{name}", "sha256": storage.digest_of(storage.join(url, folder, name))}
+            for name in TABLES
+        },
     }
     storage.write_bytes(storage.join(url, "manifest.json"), json_bytes(root))
     return load(url)
@@ -170,7 +190,9 @@ def load(url: str, digest: str | None = None) -> Manifest:
     try:
         root = json.loads(storage.read_bytes(name, 0, 256 << 20))
     except FileNotFoundError:
-        raise ValueError(f"no finished shard set at {url}: there is no manifest.json; make one with jobs.shard") from None
+        raise ValueError(
+            f"no finished shard set at {url}: there is no manifest.json; make one with jobs.shard"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
     try:
@@ -195,17 +217,17 @@ def load(url: str, digest: str | None = None) -> Manifest:
     return Manifest(url, got, image, class_names, shards, cast("dict[str, Any]", card), plan)
 
 
-def samples(manifest: Manifest) -> pa.Table:
+def samples(manifest: Manifest) -> Table:
     """The table of all samples, verified; see SAMPLES_SCHEMA. All of it in memory: about 150 bytes a sample."""
     return pq.read_table(pa.BufferReader(_verified(manifest.url, _tables(manifest.url)["samples.parquet"])))
 
 
-def rejects(manifest: Manifest) -> pa.Table:
+def rejects(manifest: Manifest) -> Table:
     """The table of images left out, with reasons."""
     return pq.read_table(pa.BufferReader(_verified(manifest.url, _tables(manifest.url)["rejects.parquet"])))
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: Table) -> bytes:
     """A table as Parquet."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
@@ -225,9 +247,11 @@ def _verified(url: str, table: dict[str, str]) -> bytes:
     data = storage.read_bytes(storage.join(url, *table["path"].split("/")))
     got = storage.digest(data)
     if got != table["sha256"]:
-        raise ValueError(f"{storage.join(url, *table['path'].split('/'))} is damaged: expected sha256 {table['sha256']}, got {got}")
+        raise ValueError(
+            f"{storage.join(url, *table['path'].split('/'))} is damaged: expected sha256 {table['sha256']}, got {got}"
+        )
     return data
 
 
-def _integers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+def _integers(column: Column) -> NDArray[np.int64]:
     return column.to_numpy().astype(np.int64)

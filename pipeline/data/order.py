@@ -1,18 +1,22 @@
 """Which sample stands where in the endless stream: pure functions of integers, no I/O.
 
-A set of N samples lies in S tar shards. The global batch is cut into L logical shards, and each logical shard l has its own endless stream; global batch k of
-B samples is the concatenation over l of samples k B/L ... (k+1) B/L - 1 of stream l. Nothing here knows how many workers read.
+A set of N samples lies in S tar shards. The global batch is cut into L logical shards, and each logical shard l has
+its own endless stream; global batch k of B samples is the concatenation over l of samples k B/L ... (k+1) B/L - 1 of
+stream l. Nothing here knows how many workers read.
 
-Epoch e permutes the tar shards as wholes, lays them end to end and cuts the list of N samples into L contiguous parts; logical shard l owns part l. Inside its
-part, samples are shuffled within windows of several tar shards, so a tar shard is read by one logical shard (two at a part's edge), and nearly sequentially.
+Epoch e permutes the tar shards as wholes, lays them end to end and cuts the list of N samples into L contiguous
+parts; logical shard l owns part l. Inside its part, samples are shuffled within windows of several tar shards, so a
+tar shard is read by one logical shard (two at a part's edge), and nearly sequentially.
 
-Part sizes are size(l, e) = floor(((e+1) N + l) / L) - floor((e N + l) / L). By Hermite's identity sum_{l<L} floor((x + l) / L) = x for an integer x, so they sum to N
-in every epoch; and the first e epochs hold floor((e N + l) / L) samples of l, so the counts of two logical shards differ by at most 1 for ever. No epoch edge
-drops or repeats a sample, and both directions (position -> epoch, epoch -> position) have a closed form.
+Part sizes are size(l, e) = floor(((e+1) N + l) / L) - floor((e N + l) / L). By Hermite's identity sum_{l<L} floor((x
++ l) / L) = x for an integer x, so they sum to N in every epoch; and the first e epochs hold floor((e N + l) / L)
+samples of l, so the counts of two logical shards differ by at most 1 for ever. No epoch edge drops or repeats a
+sample, and both directions (position -> epoch, epoch -> position) have a closed form.
 
-Permutations: the indices 0..n-1 sorted by a keyed 64-bit hash. The hash (two rounds of the splitmix64 finaliser, Steele et al., OOPSLA 2014, with 128 bits of key) is a bijection,
-so there are no ties and the result depends on no library's generator. A Feistel network would need no memory, but sorting is vectorised and the lists are short: one epoch's shards (8 MB a
-million), one window's samples.
+Permutations: the indices 0..n-1 sorted by a keyed 64-bit hash. The hash (two rounds of the splitmix64 finaliser,
+Steele et al., OOPSLA 2014, with 128 bits of key) is a bijection, so there are no ties and the result depends on no
+library's generator. A Feistel network would need no memory, but sorting is vectorised and the lists are short: one
+epoch's shards (8 MB a million), one window's samples.
 """
 
 import hashlib
@@ -43,7 +47,7 @@ def _mix(x: UInt64s) -> UInt64s:
 
 
 def keyed_hash(key: Key, index: Int64s) -> UInt64s:
-    """Independent-looking 64-bit words, one an index; equal indices give equal words, different ones different words."""
+    """Independent-looking 64-bit words, one an index; a bijection for a given key."""
     x = index.astype(np.uint64)
     x ^= np.uint64(key[0])
     x = _mix(x)
@@ -62,7 +66,8 @@ def permutation(n: int, key: Key) -> Int64s:
 
 
 def part_start(samples: int, logical_shards: int, logical_shard: int, epoch: int) -> int:
-    """Where the part of logical shard l begins in the list of epoch e: sum over l' < l of size(l', e), in closed form.
+    """Where the part of logical shard l begins in the list of epoch e: sum over l' < l of size(l', e), in closed
+    form.
 
     With M = q L + r, sum_{l'<l} floor((M + l') / L) = q l + max(0, l - (L - r)).
     """
@@ -101,7 +106,8 @@ class Order:
         logical_shards: L, fixed for the whole run.
         window: tar shards shuffled together, at least 1.
 
-    Cost: an epoch's plan is two int64 arrays of S entries (the last two epochs are kept); a look-up is O(log S) plus one window's permutation, which is kept for the next look-up.
+    Cost: an epoch's plan is two int64 arrays of S entries (the last two epochs are kept); a look-up is O(log S) plus
+        one window's permutation, which is kept for the next look-up.
 
     Raises:
         ValueError: no samples, or a count out of range.
@@ -176,7 +182,9 @@ class Order:
         return np.stack([shards[listed], place - starts[listed]], axis=1)
 
     def _shuffled(self, logical_shard: int, epoch: int, group: int, size: int) -> Int64s:
-        """The permutation inside one window; the last one of each logical shard is kept, because the next look-up wants it."""
+        """The permutation inside one window; the last one of each logical shard is kept, because the next look-up
+        wants it.
+        """
         name = (logical_shard, epoch, group)
         shuffled = self._windows.get(name)
         if shuffled is None:

@@ -1,7 +1,11 @@
-"""From a folder or prefix of images to tar shards: plan, make one slice, commit. No Ray here; `cluster/shard_tasks.py` runs `make_slice` as tasks.
+"""From a folder or prefix of images to tar shards: plan, make one slice, commit. No Ray here;
+`cluster/shard_tasks.py` runs `make_slice` as tasks.
 
-The plan lists the source once, orders it by a hash of each image's path (so that every shard mixes all classes) and cuts it into slices. A slice is made by a pure function: read, check, resize, encode; each image goes to train or held-out by the hash of its
-final pixels, so that it never moves and exact duplicates stay on one side. A slice writes one tar a split, then its part record; the record is what makes it finished, so a killed job goes on where it was and ends in the same bytes.
+The plan lists the source once, orders it by a hash of each image's path (so that every shard mixes all classes) and
+cuts it into slices. A slice is made by a pure function: read, check, resize, encode; each image goes to train or
+held-out by the hash of its final pixels, so that it never moves and exact duplicates stay on one side. A slice writes
+one tar a split, then its part record; the record is what makes it finished, so a killed job goes on where it was and
+ends in the same bytes.
 """
 
 import hashlib
@@ -79,7 +83,9 @@ class ShardConfig:
     @property
     def policy(self) -> dict[str, Any]:
         """Everything that decides what is made from given sources."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACES} | {"samples_per_shard": self.slice_size}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACES} | {
+            "samples_per_shard": self.slice_size
+        }
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,9 @@ class SliceDone:
 
 @dataclass
 class Plan:
-    """The listed source, in the order of slices; the listing itself lies in a temporary file, 24 bytes an image are in memory. Close it."""
+    """The listed source, in the order of slices; the listing itself lies in a temporary file, 24 bytes an image are
+    in memory. Close it.
+    """
 
     config: ShardConfig
     digest: str
@@ -127,9 +135,17 @@ class Plan:
     def slice(self, index: int) -> Slice:
         """The index-th slice."""
         chosen = self.order[index * self.config.slice_size : (index + 1) * self.config.slice_size]
-        lines = [os.pread(self.spool.fileno(), int(self.offsets[i + 1] - self.offsets[i]), int(self.offsets[i])) for i in chosen]
+        lines = [
+            os.pread(self.spool.fileno(), int(self.offsets[i + 1] - self.offsets[i]), int(self.offsets[i]))
+            for i in chosen
+        ]
         rows = [json.loads(line) for line in lines]
-        return Slice(index, tuple(path for path, _ in rows), tuple(size for _, size in rows), {name: i for i, name in enumerate(self.class_names)})
+        return Slice(
+            index,
+            tuple(path for path, _ in rows),
+            tuple(size for _, size in rows),
+            {name: i for i, name in enumerate(self.class_names)},
+        )
 
     def close(self) -> None:
         """Drops the listing."""
@@ -140,7 +156,8 @@ def plan(config: ShardConfig) -> Plan:
     """Lists the source once.
 
     Raises:
-        ValueError: nothing there, or images both in sub-folders and outside while `classes` asks for one class an image.
+        ValueError: nothing there, or images both in sub-folders and outside while `classes` asks for one class an
+            image.
     """
     local = storage.local_path(config.source)
     if local is not None and not local.is_dir():
@@ -170,13 +187,19 @@ def plan(config: ShardConfig) -> Plan:
         raise ValueError(f"source {config.source} is empty: no files in it")
     if config.classes and classes and bare is not None:
         spool.close()
-        raise ValueError(f"source {config.source} has {bare!r} outside of the class folders ({', '.join(sorted(classes)[:5])}, ...); move it into one, or set classes: false")
+        raise ValueError(
+            f"source {config.source} has {bare!r} outside of its class folders "
+            f"({', '.join(sorted(classes)[:5])}, ...); move it into one of them, or set classes: false"
+        )
     names = tuple(sorted(classes)) if config.classes else ()
-    return Plan(config, total.hexdigest(), names, size, np.argsort(hashes.array(), kind="stable"), offsets.array(), spool)
+    return Plan(
+        config, total.hexdigest(), names, size, np.argsort(hashes.array(), kind="stable"), offsets.array(), spool
+    )
 
 
 def make_slice(config: ShardConfig, building: str, task: Slice) -> SliceDone:
-    """Reads, checks, resizes and encodes one slice's images, writes its tars and then its part record. A pure function of its arguments and the source: the same bytes each time.
+    """Reads, checks, resizes and encodes one slice's images, writes its tars and then its part record. A pure
+    function of its arguments and the source: the same bytes each time.
 
     Raises:
         OSError: a store that does not answer (an unreadable *image* is counted and listed, not raised).
@@ -186,7 +209,11 @@ def make_slice(config: ShardConfig, building: str, task: Slice) -> SliceDone:
     limits = images.Limits(config.max_image_bytes, config.max_image_pixels)
     threshold = int(config.held_out * 2**64)
     jobs = [(path, size) for path, size in zip(task.paths, task.sizes, strict=True)]
-    for number, (path, data) in enumerate(_ahead(lambda job: _source_bytes(config, limits, *job), jobs, READS_AHEAD if storage.is_s3(config.source) else 0)):
+    for number, (path, data) in enumerate(
+        _ahead(
+            lambda job: _source_bytes(config, limits, *job), jobs, READS_AHEAD if storage.is_s3(config.source) else 0
+        )
+    ):
         try:
             if isinstance(data, ValueError):
                 raise data
@@ -198,11 +225,20 @@ def make_slice(config: ShardConfig, building: str, task: Slice) -> SliceDone:
         content = hashlib.sha256(b"%d %d %d\n" % pixels.shape + pixels.tobytes()).digest()
         split = HELD_OUT if int.from_bytes(content[:8], "big") < threshold else TRAIN
         label = task.classes[path.partition("/")[0]] if task.classes else None
-        writers[split].add(f"{task.index:05d}-{number:05d}", pixels, content, label, (original.shape[1], original.shape[0]), path)
+        writers[split].add(
+            f"{task.index:05d}-{number:05d}", pixels, content, label, (original.shape[1], original.shape[0]), path
+        )
     parts = [writer.write(config.url, task.index) for writer in writers.values() if writer.rows]
     rows = pa.Table.from_pylist([row for part in parts for row in part.rows], schema=manifests.SAMPLES_SCHEMA)
-    note = {"shards": [part.shard for part in parts], "statistics": {part.shard["split"]: part.statistics for part in parts}, "rejected": rejected}
-    storage.write_bytes(part_url(building, task.index), manifests.parquet_bytes(rows.replace_schema_metadata({b"part": json.dumps(note).encode()})))
+    note = {
+        "shards": [part.shard for part in parts],
+        "statistics": {part.shard["split"]: part.statistics for part in parts},
+        "rejected": rejected,
+    }
+    storage.write_bytes(
+        part_url(building, task.index),
+        manifests.parquet_bytes(rows.replace_schema_metadata({b"part": json.dumps(note).encode()})),
+    )
     return SliceDone(task.index, rows.num_rows, len(rejected), sum(part.shard["size"] for part in parts))
 
 
@@ -214,14 +250,18 @@ def part_url(building: str, index: int) -> str:
 def finished(work: Plan) -> dict[int, SliceDone]:
     """The slices whose part records and tars stand already."""
     done: dict[int, SliceDone] = {}
-    shards = {f"shards/{entry.path}": entry.size for entry in storage.list_files(storage.join(work.config.url, "shards"))}
+    shards = {
+        f"shards/{entry.path}": entry.size for entry in storage.list_files(storage.join(work.config.url, "shards"))
+    }
     for entry in storage.list_files(work.building):
         if not re.fullmatch(r"[0-9]{5,}\.parquet", entry.path):
             continue
         table, note = _read_part(storage.join(work.building, entry.path))
         if all(shards.get(shard["url"]) == shard["size"] for shard in note["shards"]):
             index = int(entry.path.split(".")[0])
-            done[index] = SliceDone(index, table.num_rows, len(note["rejected"]), sum(shard["size"] for shard in note["shards"]))
+            done[index] = SliceDone(
+                index, table.num_rows, len(note["rejected"]), sum(shard["size"] for shard in note["shards"])
+            )
     return done
 
 
@@ -252,10 +292,27 @@ def commit(work: Plan) -> Manifest:
             reasons = "; ".join(f"{source}: {reason}" for source, reason in rejected[:3])
             raise ValueError(f"source {config.source}: none of {work.size} files is a readable image ({reasons})")
         shards.sort(key=lambda row: (SPLITS.index(row["split"]), int(row["url"].split("-")[1])))
-        card = _card(work, shards, len(rejected), len(contents) - len(set(contents)), {split: sum(values) for split, values in statistics.items() if values})
-        rejects = pa.Table.from_pylist([{"source": source, "reason": reason} for source, reason in rejected], schema=manifests.REJECTS_SCHEMA)
-        made = manifests.commit(config.url, config.image, work.class_names, pa.Table.from_pylist(shards, schema=manifests.SHARDS_SCHEMA), path, rejects, card, work.digest)
-    storage.delete_tree(work.building)
+        card = _card(
+            work,
+            shards,
+            len(rejected),
+            len(contents) - len(set(contents)),
+            {split: np.sum(values, axis=0) for split, values in statistics.items() if values},
+        )
+        rejects = pa.Table.from_pylist(
+            [{"source": source, "reason": reason} for source, reason in rejected], schema=manifests.REJECTS_SCHEMA
+        )
+        made = manifests.commit(
+            config.url,
+            config.image,
+            work.class_names,
+            pa.Table.from_pylist(shards, schema=manifests.SHARDS_SCHEMA),
+            path,
+            rejects,
+            card,
+            work.digest,
+        )
+    clean(work)
     return made
 
 
@@ -270,9 +327,40 @@ def standing(work: Plan) -> Manifest | None:
     found = manifests.load(work.config.url)
     if found.plan == work.digest:
         return found
-    changed = [f"{name}: {found.card['policy'].get(name)!r} there, {value!r} asked" for name, value in work.config.policy.items() if found.card["policy"].get(name) != value]
-    reason = "; ".join(changed) or f"the source lists other files than it did ({work.size} now, {found.card['listed']} then)"
+    changed = [
+        f"{name}: {found.card['policy'].get(name)!r} there, {value!r} asked"
+        for name, value in work.config.policy.items()
+        if found.card["policy"].get(name) != value
+    ]
+    reason = (
+        "; ".join(changed) or f"the source lists other files than it did ({work.size} now, {found.card['listed']} then)"
+    )
     raise ValueError(f"{work.config.url} already holds another set, {found.digest[:12]} ({reason}); choose another url")
+
+
+def shard_in_process(config: ShardConfig) -> Manifest:
+    """The whole job without Ray, one slice after the other; goes on where it was cut off, keeps a finished set.
+
+    Raises:
+        ValueError, OSError: as `plan`, `make_slice`, `commit`, `standing`.
+    """
+    work = plan(config)
+    try:
+        done = standing(work)
+        if done is not None:
+            return done
+        there = finished(work)
+        for index in range(work.slices):
+            if index not in there:
+                make_slice(config, work.building, work.slice(index))
+        return commit(work)
+    finally:
+        work.close()
+
+
+def clean(work: Plan) -> None:
+    """Drops the part records of a plan."""
+    storage.delete_tree(work.building)
 
 
 def damage(url: str, shard: str, size: int, sha256: str) -> str | None:
@@ -308,7 +396,9 @@ class _ShardWriter:
         self.rows: list[dict[str, Any]] = []
         self.statistics = np.zeros((2, config.channels), dtype=np.int64)
 
-    def add(self, key: str, pixels: images.UInt8s, content: bytes, label: int | None, original: tuple[int, int], source: str) -> None:
+    def add(
+        self, key: str, pixels: images.UInt8s, content: bytes, label: int | None, original: tuple[int, int], source: str
+    ) -> None:
         payload = images.encode_png(pixels) if self.config.encoding == "png" else encode_raw(pixels)
         self.tar += tar.header(key.encode() + tar.SUFFIX[self.config.encoding], len(payload))
         offset = len(self.tar)
@@ -321,7 +411,17 @@ class _ShardWriter:
         sha256 = hashlib.sha256(payload).digest()
         width, height = original
         self.rows.append(
-            {"key": key, "offset": offset, "size": len(payload), "sha256": sha256, "content": content, "label": label, "width": width, "height": height, "source": source}
+            {
+                "key": key,
+                "offset": offset,
+                "size": len(payload),
+                "sha256": sha256,
+                "content": content,
+                "label": label,
+                "width": width,
+                "height": height,
+                "source": source,
+            }
         )
 
     def write(self, url: str, index: int) -> _Part:
@@ -377,6 +477,8 @@ def _source_bytes(config: ShardConfig, limits: images.Limits, path: str, size: i
         return path, storage.read_bytes(f"{config.source.rstrip('/')}/{path}", 0, limits.bytes + 1)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         return path, ValueError(f"cannot be read: {error.strerror or error}")
+    except ValueError as error:  # a key that is no URL
+        return path, error
 
 
 def _ahead(call: Callable[[T], R], jobs: list[T], workers: int) -> Iterator[R]:
@@ -394,12 +496,14 @@ def _ahead(call: Callable[[T], R], jobs: list[T], workers: int) -> Iterator[R]:
             yield waiting.popleft().result()
 
 
-def _read_part(url: str) -> tuple[pa.Table, dict[str, Any]]:
+def _read_part(url: str) -> tuple[manifests.Table, dict[str, Any]]:
     table = pq.read_table(pa.BufferReader(storage.read_bytes(url)))
     return table, json.loads((table.schema.metadata or {})[b"part"])
 
 
-def _card(work: Plan, shards: list[dict[str, Any]], rejected: int, duplicates: int, statistics: dict[str, NDArray[Any]]) -> dict[str, Any]:
+def _card(
+    work: Plan, shards: list[dict[str, Any]], rejected: int, duplicates: int, statistics: dict[str, NDArray[Any]]
+) -> dict[str, Any]:
     counts = {split: sum(row["samples"] for row in shards if row["split"] == split) for split in SPLITS}
     per_class = {name: dict.fromkeys(SPLITS, 0) for name in work.class_names}
     for row in shards:

@@ -1,7 +1,9 @@
 """Bytes at a URL: a local path or s3://bucket/key, and nothing else.
 
-Every file the system reads or writes goes through here, so this is where other schemes (`pipe:`, `http:`, `file:`) and relative paths that leave their root are refused. Writing is atomic: a reader sees
-the old bytes or the new ones. S3 is reached through boto3, which takes endpoint, region and credentials from the environment or the instance role (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+Every file the system reads or writes goes through here, so this is where other schemes (`pipe:`, `http:`, `file:`)
+and relative paths that leave their root are refused. Writing is atomic: a reader sees the old bytes or the new ones.
+S3 is reached through boto3, which takes endpoint, region and credentials from the environment or the instance role
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
 """
 
 import contextlib
@@ -39,7 +41,9 @@ class StorageError(OSError):
 
 @dataclass(frozen=True)
 class Location:
-    """A parsed URL: `bucket` is None for a local path; `path` is the local path or the S3 key (may be empty for a whole bucket)."""
+    """A parsed URL: `bucket` is None for a local path; `path` is the local path or the S3 key (may be empty for a
+    whole bucket).
+    """
 
     bucket: str | None
     path: str
@@ -66,7 +70,8 @@ def parse(url: str) -> Location:
         return Location(None, url)
     if scheme.group(1) != "s3" or not url.startswith("s3://"):
         raise ValueError(
-            f"refused URL {url!r}: scheme '{scheme.group(1)}:' is not allowed; give a local path (./name for a name with a colon) or s3://bucket/prefix"
+            f"refused URL {url!r}: scheme '{scheme.group(1)}:' is not allowed; "
+            "give a local path (./name for a name with a colon) or s3://bucket/prefix"
         )
     bucket, _, key = url[len("s3://") :].partition("/")
     if not _BUCKET.match(bucket):
@@ -81,7 +86,8 @@ def join(root: str, *relative: str) -> str:
     """`root` with relative parts below it.
 
     Raises:
-        ValueError: a part that is absolute, has a scheme, a backslash, a control character, or leaves the root by `..`.
+        ValueError: a part that is absolute, has a scheme, a backslash, a control character, or leaves the root by
+            `..`.
     """
     parse(root)
     url = root.rstrip("/") or "/"
@@ -153,7 +159,8 @@ def read_bytes(url: str, start: int = 0, stop: int | None = None) -> bytes:
     """Bytes start..stop-1 of the file, or all of it.
 
     Raises:
-        FileNotFoundError: nothing there. StorageError: the store did not deliver; also when it delivered fewer bytes than it announced.
+        FileNotFoundError: nothing there. StorageError: the store did not deliver; also when it delivered fewer bytes
+            than it announced.
     """
     location = parse(url)
     if stop is not None and stop <= start:
@@ -222,7 +229,8 @@ def fetch_file(url: str, path: str | os.PathLike[str]) -> None:
 def list_files(url: str) -> Iterator[Entry]:
     """Every file below a folder or prefix, one at a time, in a fixed order; nothing for an empty or missing one.
 
-    Local names that begin with a dot are left out (temporary files among them); links are followed, a loop of folder links is not entered twice.
+    Local names that begin with a dot are left out (temporary files among them); links are followed, a loop of folder
+    links is not entered twice.
     """
     location = parse(url)
     if location.bucket is None:
@@ -342,7 +350,7 @@ def _client_of(pid: int, endpoint: str | None) -> Any:
     import boto3
     from botocore.config import Config
 
-    return boto3.client(
+    return boto3.session.Session().client(
         "s3",
         region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
         config=Config(
@@ -350,7 +358,8 @@ def _client_of(pid: int, endpoint: str | None) -> Any:
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
             max_pool_connections=64,
-            request_checksum_calculation="when_required",  # stores other than AWS refuse the newer trailers; we keep our own digests
+            # stores other than AWS refuse the newer checksum trailers; we keep digests of our own
+            request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         ),
     )

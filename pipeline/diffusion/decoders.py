@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.procedure import Procedure, Query
 
@@ -47,10 +49,6 @@ class PixelGrid:
         """log(bin): nats a dimension between a density in model space and the probability of a grey level."""
         return math.log(self.bin)
 
-    def values(self, like: Tensor) -> Tensor:
-        """float64 (levels,): each level's place in model space."""
-        return self.first + self.bin * torch.arange(self.levels, dtype=torch.float64, device=like.device)
-
     def index(self, x: Tensor) -> Tensor:
         """int64, shaped like x: the grey level of each pixel.
 
@@ -71,10 +69,19 @@ class PixelGrid:
 
 
 def log_softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> Tensor:
-    """log p(u | y) elementwise: a softmax over all levels v of -((y - v) / s)^2 / 2 (Kingma et al. 2021, eq. 10)."""
+    """log p(u | y) elementwise: a softmax over all levels v of -((y - v) / s)^2 / 2 (Kingma et al. 2021, section 3.2)."""
+    nearest = ((y - pixels.first) / pixels.bin).round().clamp(0, pixels.levels - 1)
+    reach = min(pixels.levels - 1, math.ceil(9 * s / pixels.bin) + 1)  # levels further off weigh less than e^-40
+    level = nearest[..., None] + torch.arange(-reach, reach + 1, dtype=y.dtype, device=y.device)
+    logits = -0.5 * ((y[..., None] - (pixels.first + pixels.bin * level)) / s) ** 2
+    logits = logits.masked_fill((level < 0) | (level >= pixels.levels), -math.inf)
     own = -0.5 * ((y - (pixels.first + pixels.bin * index)) / s) ** 2
-    logits = -0.5 * ((y[..., None] - pixels.values(y)) / s) ** 2
     return own - torch.logsumexp(logits, -1)
+
+
+def _log_cdf(value: Tensor) -> Tensor:
+    """log of the standard normal distribution function, exact in the lower tail."""
+    return cast(Tensor, torch.special.log_ndtr(value))  # pyright: ignore[reportUnknownMemberType]
 
 
 def log_bin_probability(mean: Tensor, std: float | Tensor, index: Tensor, pixels: PixelGrid) -> Tensor:
@@ -88,7 +95,7 @@ def log_bin_probability(mean: Tensor, std: float | Tensor, index: Tensor, pixels
     # in the upper tail both CDFs are 1 to rounding: take the mirror image there
     mirrored = lower > 0
     upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    log_upper, log_lower = _log_cdf(upper), _log_cdf(lower)
     return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
 
 
@@ -98,7 +105,7 @@ def _expected_softmax(pixels: PixelGrid, s: float) -> Tensor:
     eps = torch.linspace(-9, 9, 361, dtype=torch.float64)
     weight = torch.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) * (eps[1] - eps[0])
     index = torch.arange(pixels.levels)
-    y = pixels.values(eps)[:, None] + s * eps
+    y = pixels.first + pixels.bin * index[:, None] + s * eps
     return -(log_softmax_level(y, s, index[:, None].expand_as(y), pixels) * weight).sum(1)
 
 
@@ -107,11 +114,36 @@ def expected_softmax(s: float, index: Tensor, pixels: PixelGrid) -> Tensor:
     return row_sum(_expected_softmax(pixels, s).to(index.device)[index])
 
 
+# --- variances of a step -----------------------------------------------------------------------------------------
+
+
+def _learned(low: Tensor, high: Tensor, head: Tensor | None) -> Tensor:
+    if head is None:
+        raise ValueError("variance 'learned' needs a network with a variance head; use 'beta' or 'posterior'")
+    return torch.lerp(low, high, (head.double() + 1) / 2)
+
+
+# log variance from log beta-tilde, log beta and the network's head v in about [-1, 1] (Nichol & Dhariwal 2021, eq. 15)
+VARIANCES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "posterior": lambda low, high, head: low,
+    "beta": lambda low, high, head: high,
+    "learned": _learned,
+}
+
+
+def mix_log_variance(variance: str, low: Tensor, high: Tensor, head: Tensor | None) -> Tensor:
+    """The model's log variance of a step, by name."""
+    return choose(VARIANCES, variance, "variance")(low, high, head)
+
+
+# --- decoders ----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class DecoderTask:
     """What a decoder is asked: log p(index | y) where y (n, ...) is at `gamma`.
 
-    std: float, the Gaussian decoder's standard deviation in model space; conditioning has n rows.
+    log_variances: log beta-tilde and log beta of the last move, in model space, for the Gaussian decoder.
     """
 
     y: Tensor
@@ -119,21 +151,26 @@ class DecoderTask:
     index: Tensor
     conditioning: Conditioning
     pixels: PixelGrid
-    std: float
+    log_variances: tuple[float, float]
+    variance: str
 
 
 def softmax_decoder(task: DecoderTask) -> Procedure[Tensor]:
     """VDM's decoder: asks nothing of the network."""
-    log_p = log_softmax_level(task.y, math.exp(task.gamma / 2), task.index, task.pixels)
-    return row_sum(log_p)
-    yield  # a generator, as every decoder  # noqa: B901
+    yield from ()
+    return row_sum(log_softmax_level(task.y, math.exp(task.gamma / 2), task.index, task.pixels))
 
 
 def gaussian_decoder(task: DecoderTask) -> Procedure[Tensor]:
-    """DDPM's decoder: N(x_hat(y), std^2) integrated over each bin."""
+    """DDPM's decoder: N(x_hat(y), variance) integrated over each bin."""
     level = torch.full((len(task.y),), task.gamma, dtype=torch.float64, device=task.y.device)
     answer = yield Query(task.y, level, task.conditioning)
-    return row_sum(log_bin_probability(answer.x_hat.double(), task.std, task.index, task.pixels))
+    low, high = (torch.full_like(task.y, value) for value in task.log_variances)
+    std = torch.exp(mix_log_variance(task.variance, low, high, answer.variance) / 2)
+    return row_sum(log_bin_probability(answer.x_hat.double(), std, task.index, task.pixels))
 
 
-DECODERS: dict[str, Callable[[DecoderTask], Procedure[Tensor]]] = {"softmax": softmax_decoder, "gaussian": gaussian_decoder}
+DECODERS: dict[str, Callable[[DecoderTask], Procedure[Tensor]]] = {
+    "softmax": softmax_decoder,
+    "gaussian": gaussian_decoder,
+}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ def shaped(level: Tensor, like: Tensor) -> Tensor:
     return level.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-# --- what the network is told of the level: one fixed monotone function of gamma ------------------------------------------
+# --- what the network is told of the level: one fixed monotone function of gamma --------------------------------------
 
 
 def _normalised_gamma(schedule: Schedule, gamma: Tensor) -> Tensor:
@@ -33,7 +34,8 @@ def _log_sigma(schedule: Schedule, gamma: Tensor) -> Tensor:
 
 def _step_index(schedule: Schedule, gamma: Tensor) -> Tensor:
     """DDPM, IDDPM: the step index, an exact integer at the nodes of the table; 999 t for laws without a table."""
-    steps = len(schedule.table) if hasattr(schedule, "table") else 1000  # pyright: ignore[reportAttributeAccessIssue]
+    table: Tensor | None = getattr(schedule, "table", None)
+    steps = 1000 if table is None else len(table)
     return schedule.time(gamma) * (steps - 1)
 
 
@@ -44,7 +46,7 @@ LEVELS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
 }
 
 
-# --- input scaling c_in: the network sees c_in y ----------------------------------------------------------------------------
+# --- input scaling c_in: the network sees c_in y ----------------------------------------------------------------------
 
 
 def _input_z(parameterization: Parameterization, gamma: Tensor) -> Tensor:
@@ -80,11 +82,33 @@ class Process:
     gamma_max: float
     prior_variance: float
 
+    def check_levels(self, gammas: Tensor) -> None:
+        """Raises ValueError where a queried level lies outside the range the network was made for."""
+        low, high = self.gamma_min, self.gamma_max
+        slack = 1e-9 * (1 + max(abs(low), abs(high)))
+        outside = (gammas < low - slack) | (gammas > high + slack) | torch.isnan(gammas)
+        if bool(outside.any()):
+            value = float(gammas[outside][0])
+            raise ValueError(
+                f"gamma {value:.4f} (sigma/alpha {math.exp(min(value, 700) / 2):.4g}) is outside "
+                f"[{low:.4f}, {high:.4f}], the range this network was made for"
+            )
+
+
+class SharedLevel(NamedTuple):
+    """What a level says to a whole batch: x_hat = c_skip y + c_out F(c_in y, level); level None: ask the schedule."""
+
+    c_in: float
+    c_skip: float
+    c_out: float
+    level: float | None
+
 
 class Denoiser(nn.Module):
     """x_hat at (y, gamma) from any network of signature network(z, level, conditioning) -> F.
 
-    With `learned_variance` the network gives twice the channels: F, then IDDPM's v.
+    With `learned_variance` the network gives twice the channels: F, then IDDPM's v. `dtype` is what the network is fed:
+    float64 for oracles.
 
     Raises:
         ValueError: the prediction cannot be decoded somewhere in the schedule's range.
@@ -99,6 +123,7 @@ class Denoiser(nn.Module):
         level: str = "normalised_gamma",
         network_input: str = "z",
         learned_variance: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         parameterization.check(schedule)
@@ -108,6 +133,8 @@ class Denoiser(nn.Module):
         self.level = choose(LEVELS, level, "level")
         self.network_input = choose(INPUTS, network_input, "network input")
         self.learned_variance = learned_variance
+        self.dtype = dtype
+        self._shared: dict[float, SharedLevel] = {}
 
     @property
     def process(self) -> Process:
@@ -115,30 +142,57 @@ class Denoiser(nn.Module):
         scaling = self.parameterization.scaling
         return Process(scaling, low, high, prior_variance(scaling, high))
 
-    def forward(self, y: Tensor, gamma: Tensor, conditioning: Conditioning) -> Prediction:
-        """y (n, ...) in coordinates where alpha = 1, gamma (n,). Coefficients are float64, the network's input float32."""
-        output = self.raw(y, gamma, conditioning)
-        variance = None
-        if self.learned_variance:
-            output, variance = output.chunk(2, dim=1)
+    def forward(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+        """y (n, ...) in coordinates where alpha = 1, gamma (n,). Coefficients are computed in float64.
+
+        shared: the value of all rows of gamma, where the caller knows that they are one: coefficients are then Python
+        floats, computed once a level. Equal to the row-wise form up to rounding.
+        """
+        if shared is not None:
+            return self._at_shared_level(y, gamma, conditioning, shared)
+        output, variance = self._split(self.raw(y, gamma, conditioning))
         c_skip, c_out = self.parameterization.decode(gamma.double())
         x_hat = torch.addcmul(shaped(c_skip, y) * y, shaped(c_out, y), output.to(y.dtype))
         return Prediction(x_hat, variance)
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction and, where it is learned, the variance head."""
+        if not self.learned_variance:
+            return output, None
+        prediction, variance = output.chunk(2, dim=1)
+        return prediction, variance
+
+    def _coefficients(self, gamma: float) -> SharedLevel:
+        """Kept, but for what depends on a schedule that learns."""
+        if gamma in self._shared:
+            return self._shared[gamma]
+        value = torch.tensor([gamma], dtype=torch.float64)
+        c_skip, c_out = self.parameterization.decode(value)
+        c_in = self.network_input(self.parameterization, value)
+        learns = isinstance(self.schedule, nn.Module)
+        level = None if learns else float(self.level(self.schedule, value))
+        if len(self._shared) >= 4096:
+            self._shared.clear()
+        return self._shared.setdefault(gamma, SharedLevel(float(c_in), float(c_skip), float(c_out), level))
+
+    def _at_shared_level(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float) -> Prediction:
+        c_in, c_skip, c_out, level = self._coefficients(shared)
+        if level is None:
+            told = self.level(self.schedule, gamma.double()).to(self.dtype)
+        else:
+            told = torch.full((len(y),), level, dtype=self.dtype, device=y.device)
+        scaled = y if c_in == 1 else y * c_in
+        output, variance = self._split(self.network(scaled.to(self.dtype), told, conditioning))
+        kept = y if c_skip == 1 else y * c_skip
+        return Prediction(torch.add(kept, output.to(y.dtype), alpha=c_out), variance)
 
     def raw(self, y: Tensor, gamma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output F (n, C or 2 C, ...) itself, for objectives that are stated on it."""
         gamma = gamma.double()
         c_in = self.network_input(self.parameterization, gamma)
         level = self.level(self.schedule, gamma)
-        return self.network((shaped(c_in, y) * y).float(), level.float(), conditioning)
+        return self.network((shaped(c_in, y) * y).to(self.dtype), level.to(self.dtype), conditioning)
 
     def check_levels(self, gammas: Tensor) -> None:
         """Raises ValueError where a queried level lies outside the range the network was made for."""
-        low, high = self.schedule.gamma_min, self.schedule.gamma_max
-        slack = 1e-9 * (1 + max(abs(low), abs(high)))
-        outside = (gammas < low - slack) | (gammas > high + slack) | torch.isnan(gammas)
-        if bool(outside.any()):
-            value = float(gammas[outside][0])
-            raise ValueError(
-                f"gamma {value:.4f} (sigma/alpha {math.exp(min(value, 700) / 2):.4g}) is outside [{low:.4f}, {high:.4f}], the range this network was made for"
-            )
+        self.process.check_levels(gammas)

@@ -1,11 +1,16 @@
-"""Guidance: procedure -> procedure. Each query is asked twice and the answers are combined; the inner procedure, which recomputes
-eps_hat from its own y, does not know. An unguided procedure pays nothing."""
+"""Guidance and clipping: procedure -> procedure.
 
+Guidance asks each query twice and combines the answers, clipping limits x_hat; the inner procedure, which recomputes
+eps_hat from its own y, does not know. A procedure without them pays nothing.
+"""
+
+import math
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from pipeline.diffusion.conditioning import concatenate
 from pipeline.diffusion.procedure import Answer, Procedure, Query
@@ -29,6 +34,7 @@ def _unconditional_pair(query: Query, scale: float) -> Generator[Query, Answer, 
         concatenate([query.conditioning, query.conditioning.unconditional()]),
         query.network,
         None if query.probes is None else torch.cat([query.probes, query.probes], dim=1),
+        query.shared,
     )
     answer = yield both
     n = query.rows
@@ -75,3 +81,52 @@ def classifier_free(procedure: Procedure[Result], scale: float) -> Procedure[Res
 def autoguidance(procedure: Procedure[Result], scale: float) -> Procedure[Result]:
     """Auto-guidance (Karras et al. 2024): away from a weaker network, called 'guide'."""
     return _guided(procedure, _guide_pair, scale)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How x_hat is kept in range: to [-limit, limit]; with `percentile` dynamically (Saharia et al. 2022, Imagen).
+
+    percentile: in (0, 1]; each image is clipped to the size that this share of its pixels stays below, where that
+    exceeds limit, and scaled back to limit.
+    """
+
+    limit: float = 1.0
+    percentile: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit < math.inf:
+            raise ValueError(f"clip must be above 0 and finite, got {self.limit:g}")
+        if self.percentile is not None and not 0 < self.percentile <= 1:
+            raise ValueError(f"clip percentile must be above 0 and at most 1, got {self.percentile:g}")
+
+    def __call__(self, x_hat: Tensor) -> Tensor:
+        """x_hat (n, ...) clipped, a new tensor."""
+        if self.percentile is None:
+            return x_hat.clamp(-self.limit, self.limit)
+        size = torch.quantile(x_hat.flatten(1).abs(), self.percentile, dim=1).clamp(min=self.limit)
+        size = size.view(-1, *[1] * (x_hat.ndim - 1))
+        return x_hat.clamp(-size, size).mul_(self.limit / size)
+
+
+def clipped(procedure: Procedure[Result], clip: Clip | float | None) -> Procedure[Result]:
+    """The procedure told clipped x_hat only; it recomputes eps_hat from its own y. None: the procedure itself."""
+    if clip is None:
+        return procedure
+    return _clipped(procedure, clip if isinstance(clip, Clip) else Clip(clip))
+
+
+def _clipped(procedure: Procedure[Result], clip: Clip) -> Procedure[Result]:
+    try:
+        query = next(procedure)
+        while True:
+            answer = yield query
+            if answer.products is not None:
+                raise ValueError(
+                    "clip: the derivative of a clipped x_hat is not the model's; estimate likelihoods without clip"
+                )
+            query = procedure.send(Answer(clip(answer.x_hat), answer.variance))
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        procedure.close()

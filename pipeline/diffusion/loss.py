@@ -1,4 +1,4 @@
-"""What every objective is made of: keyed draws of noise and level, one regression, weights over gamma, and the loss by its parts.
+"""What every objective is made of: keyed draws of noise and level, one regression, weights over gamma, the Loss.
 
 The regression is written on the residual of the network's own output, R = F - (a x + b eps). With the determinant
 D = b alpha - a sigma of a prediction's row, solving alpha x_hat + sigma eps_hat = z and a x_hat + b eps_hat = F gives
@@ -42,11 +42,11 @@ class Objective(Protocol):
     """A training objective: frozen options and one method."""
 
     def loss(self, denoiser: Denoiser, x: Tensor, conditioning: Conditioning, key: StepKey) -> Loss:
-        """x (b, C, H, W) clean images in [-1, 1]; all randomness comes from `key`. Every shard of a step has the same b."""
+        """x (b, C, H, W) clean images in [-1, 1]; all randomness is from `key`; b is the same for every shard."""
         ...
 
 
-# --- keyed draws --------------------------------------------------------------------------------------------------------
+# --- keyed draws ----------------------------------------------------------------------------------
 
 
 def draw_noise(x: Tensor, key: StepKey, purpose: str = "noise") -> Tensor:
@@ -58,8 +58,8 @@ def draw_noise(x: Tensor, key: StepKey, purpose: str = "noise") -> Tensor:
 def draw_uniform(count: int, key: StepKey, *, stratified: bool, device: torch.device | str = "cpu") -> Tensor:
     """(count,) float64 in [0, 1).
 
-    stratified: one offset for the whole global batch, its images evenly spaced: (u0 + i / n) mod 1 with i the image's place among
-    the n = shards x count (Kingma et al. 2021, appendix I.1; there a device draws its own offset). Each is U[0, 1) by itself.
+    stratified: one offset for the whole global batch, its images evenly spaced: (u0 + i / n) mod 1 with i the image's
+    place among the n = shards x count (Kingma et al. 2021, appendix I.1). Each is U[0, 1) by itself.
     """
     if not stratified:
         return torch.rand(count, generator=key.generator("level"), dtype=torch.float64).to(device)
@@ -69,7 +69,7 @@ def draw_uniform(count: int, key: StepKey, *, stratified: bool, device: torch.de
 
 
 def drop_labels(conditioning: Conditioning, probability: float, key: StepKey) -> Conditioning:
-    """Each label becomes `NO_LABEL` with this probability, so that one network learns both models of classifier-free guidance.
+    """Each label becomes `NO_LABEL` with this probability: one network learns both models of classifier-free guidance.
 
     Raises:
         ValueError: probability outside [0, 1].
@@ -83,7 +83,7 @@ def drop_labels(conditioning: Conditioning, probability: float, key: StepKey) ->
     return Conditioning(label=conditioning.label.masked_fill(dropped, NO_LABEL))
 
 
-# --- densities: the law a uniform number is sent through to a level --------------------------------------------------------
+# --- densities: the law a uniform number is sent through to a level -------------------------------
 
 
 class Quantile(Protocol):
@@ -113,7 +113,9 @@ def table_of(schedule: Schedule, purpose: str) -> Tensor:
     """
     table = getattr(schedule, "table", None)
     if table is None:
-        raise ValueError(f"{purpose} needs a schedule of discrete steps (linear_beta, cosine), got {type(schedule).__name__}")
+        raise ValueError(
+            f"{purpose} needs a schedule of discrete steps (linear_beta, cosine), got {type(schedule).__name__}"
+        )
     return table
 
 
@@ -127,11 +129,11 @@ DENSITIES: dict[str, Callable[[Schedule, float, float], Quantile]] = {
     "schedule": lambda schedule, p_mean, p_std: schedule,  # uniform t
     "table": lambda schedule, p_mean, p_std: Nodes(table_of(schedule, "density 'table'")),
     "uniform_gamma": lambda schedule, p_mean, p_std: LinearGamma(schedule.gamma_min, schedule.gamma_max),
-    "log_normal": _log_normal,  # ln(sigma / alpha) ~ N(p_mean, p_std^2) within the schedule's range; logit-normal tau of flows
+    "log_normal": _log_normal,  # ln(sigma / alpha) ~ N(p_mean, p_std^2) within the range; a flow's logit-normal tau
 }
 
 
-# --- the regression ---------------------------------------------------------------------------------------------------------
+# --- the regression -------------------------------------------------------------------------------
 
 
 def noisy(x: Tensor, gamma: Tensor, eps: Tensor) -> Tensor:
@@ -141,23 +143,27 @@ def noisy(x: Tensor, gamma: Tensor, eps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Regression:
-    """error: (b,) float64, mean over dimensions of |eps_hat - eps|^2; output: F (b, C, H, W); variance: raw head or None."""
+    """residual: eps_hat - eps, (b, C, H, W); error: (b,) float64, mean over dimensions of its square.
 
+    output: F (b, C, H, W), in the dtype of x; variance: raw learned-variance head, or None.
+    """
+
+    residual: Tensor
     error: Tensor
     output: Tensor
     variance: Tensor | None
 
 
 def regress(denoiser: Denoiser, x: Tensor, gamma: Tensor, eps: Tensor, conditioning: Conditioning) -> Regression:
-    """Ask the network at y = x + s eps; gamma (b,) float64. The error is (alpha / D)^2 times that of its own output."""
+    """Ask the network at y = x + s eps; gamma (b,) float64. eps_hat - eps is alpha / D times its output's residual."""
     output, variance = denoiser.raw(noisy(x, gamma, eps), gamma, conditioning), None
     if denoiser.learned_variance:
         output, variance = output.chunk(2, dim=1)
     output = output.to(x.dtype)
     a, b = denoiser.parameterization.row(gamma)
-    residual = output - (shaped(a, x) * x + shaped(b, x) * eps)
-    to_eps = eps_factor(denoiser.parameterization, gamma)
-    return Regression(to_eps**2 * residual.square().flatten(1).mean(1).double(), output, variance)
+    scale = shaped(eps_factor(denoiser.parameterization, gamma), x)
+    residual = scale * (output - (shaped(a, x) * x + shaped(b, x) * eps))
+    return Regression(residual, residual.square().flatten(1).mean(1).double(), output, variance)
 
 
 def eps_factor(parameterization: Parameterization, gamma: Tensor) -> Tensor:
@@ -167,13 +173,19 @@ def eps_factor(parameterization: Parameterization, gamma: Tensor) -> Tensor:
     return alpha / (b * alpha - a * sigma)
 
 
-def check_fixed(schedule: Schedule, name: str) -> None:
-    """Raises ValueError where a learnt schedule meets an objective that has no gradient for it."""
+def check_trains(denoiser: Denoiser, name: str, *, variance: bool = False) -> None:
+    """Raises ValueError where the objective would leave a learnt schedule or variance head without a gradient."""
+    schedule = denoiser.schedule
     if isinstance(schedule, LearnedGamma) and any(p.requires_grad for p in schedule.parameters()):
         raise ValueError(f"objective '{name}' cannot train a learned schedule: use objective vlb, or a fixed schedule")
+    if denoiser.learned_variance and not variance:
+        raise ValueError(
+            f"objective '{name}' does not train the learned variance: use objective hybrid or discrete_vlb, "
+            f"or learned_variance: false"
+        )
 
 
-# --- weights: what multiplies |eps_hat - eps|^2 --------------------------------------------------------------------------------
+# --- weights: what multiplies |eps_hat - eps|^2 ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,26 +209,30 @@ def _v_weight(level: Level) -> Tensor:
 
 
 def _elbo_weight(level: Level) -> Tensor:
-    """1 / (2 density of gamma): nats of the continuous bound (Kingma et al. 2021, eq. 18), whatever density was drawn from."""
+    """1 / (2 density of gamma): nats of the continuous bound whatever the density (Kingma et al. 2021, eq. 18)."""
     if isinstance(level.quantile, Nodes):
-        raise ValueError("weight 'elbo' needs a continuous density; for a table's true weights use objective elbo")
+        raise ValueError("weight 'elbo' needs a continuous density; for a table's true weights use objective discrete_vlb")
     return 0.5 * derivative(level.quantile.gamma, level.u)
 
 
 WEIGHTS: dict[str, Callable[[Level], Tensor]] = {
-    "eps": lambda level: torch.ones_like(level.u),  # L_simple (Ho et al. 2020, eq. 14); sigma^2-weighted score matching
+    "eps": lambda level: torch.ones_like(level.u),  # L_simple (Ho et al. 2020, eq. 14)
     "x": lambda level: torch.exp(level.gamma),
     "v": _v_weight,
     "flow": lambda level: (1 + torch.exp(level.gamma / 2)) ** 2,  # |(eps - x)_hat - (eps - x)|^2
     "output": lambda level: eps_factor(level.parameterization, level.gamma) ** -2,  # the network's own residual
-    "edm": lambda level: 1 + torch.exp(level.gamma) / level.parameterization.data_std**2,  # Karras et al. 2022, section 5
-    "min_snr": lambda level: (level.snr_cap * torch.exp(level.gamma)).clamp(max=1),  # min(SNR, cap) on x (Hang et al. 2023)
+    "edm": lambda level: (
+        1 + torch.exp(level.gamma) / level.parameterization.data_std**2
+    ),  # Karras et al. 2022, section 5
+    "min_snr": lambda level: (level.snr_cap * torch.exp(level.gamma)).clamp(
+        max=1
+    ),  # min(SNR, cap) on x (Hang et al. 2023)
     "p2": lambda level: torch.sigmoid(level.gamma),  # 1 / (1 + SNR) (Choi et al. 2022, k = gamma = 1)
     "elbo": _elbo_weight,
 }
 
 
-# --- monitoring ---------------------------------------------------------------------------------------------------------------
+# --- monitoring -----------------------------------------------------------------------------------
 
 
 def quarters(loss: Loss, gamma_min: float, gamma_max: float) -> Tensor:

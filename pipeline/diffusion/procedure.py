@@ -1,18 +1,19 @@
 """Procedures ask, they never call the network.
 
-A sampler or a likelihood estimator is a generator that yields a `Query` and receives an `Answer`. `drive` answers one procedure
-to its end; an engine answers the queries of many at once through the same `answer_queries`.
+A sampler or a likelihood estimator is a generator that yields a `Query` and receives an `Answer`. `drive` answers one
+procedure to its end; an engine answers the queries of many at once through the same `answer_queries`.
 """
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning, concatenate
-from pipeline.diffusion.denoiser import Denoiser, Prediction
+from pipeline.diffusion.denoiser import Prediction
 
 Result = TypeVar("Result")
 
@@ -21,8 +22,9 @@ Result = TypeVar("Result")
 class Query:
     """A question to a network: x_hat at (y, gamma).
 
-    y: (n, ...) in coordinates where alpha = 1; gamma: (n,), one level a row; network: 'main', or 'guide' for auto-guidance.
-    probes: (k, n, ...) vectors e; the answer then holds the k vector-Jacobian products e^T d x_hat / d y.
+    y: (n, ...) in coordinates where alpha = 1; gamma: (n,), one level a row; network: 'main', or 'guide' for
+    auto-guidance. probes: (k, n, ...) vectors e; the answer then holds the k products e^T d x_hat / d y.
+    shared: the value of all rows of gamma, where they are one and the procedure knows it as a number.
     A query's tensors are valid until the procedure is resumed, which may overwrite them.
     """
 
@@ -31,6 +33,7 @@ class Query:
     conditioning: Conditioning = field(default_factory=Conditioning)
     network: str = "main"
     probes: Tensor | None = None
+    shared: float | None = None
 
     @property
     def rows(self) -> int:
@@ -39,7 +42,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Answer:
-    """x_hat: (n, ...); variance: (n, ...) learned-variance head or None; products: (k, n, ...) where probes were asked."""
+    """x_hat: (n, ...); variance: (n, ...) learned-variance head or None; products: (k, n, ...) where probes are given."""
 
     x_hat: Tensor
     variance: Tensor | None = None
@@ -49,14 +52,23 @@ class Answer:
 Procedure = Generator[Query, Answer, Result]
 
 
-def _call(denoiser: Denoiser, query: Query) -> Answer:
+class Answerer(Protocol):
+    """What queries are put to: a `Denoiser`, or an oracle of `exact`. Arguments as in `Denoiser.forward`."""
+
+    def __call__(
+        self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None
+    ) -> Prediction: ...
+
+
+def _call(denoiser: Answerer, query: Query) -> Answer:
     """One network call, exactly the query's rows."""
     if query.probes is None:
-        prediction = denoiser(query.y, query.gamma, query.conditioning)
+        shared = () if query.shared is None else (query.shared,)
+        prediction = denoiser(query.y, query.gamma, query.conditioning, *shared)
         return Answer(prediction.x_hat, prediction.variance)
     with torch.enable_grad():
         y = query.y.detach().requires_grad_()
-        prediction: Prediction = denoiser(y, query.gamma, query.conditioning)
+        prediction = denoiser(y, query.gamma, query.conditioning)
         last = len(query.probes) - 1
         products = [
             torch.autograd.grad(prediction.x_hat, y, probe, retain_graph=index < last)[0]
@@ -91,7 +103,7 @@ def _rows(query: Query, start: int, count: int) -> Query:
     )
 
 
-def _answer_chunked(denoiser: Denoiser, query: Query, chunk: int) -> Answer:
+def _answer_chunked(denoiser: Answerer, query: Query, chunk: int) -> Answer:
     """The same answer through calls of exactly `chunk` rows, the last one padded."""
     parts = [_call(denoiser, _rows(query, start, chunk)) for start in range(0, query.rows, chunk)]
     n = query.rows
@@ -105,7 +117,10 @@ def _answer_chunked(denoiser: Denoiser, query: Query, chunk: int) -> Answer:
 
 
 def _split(answer: Answer, queries: Sequence[Query]) -> list[Answer]:
-    answers, start = [], 0
+    if len(queries) == 1:
+        return [answer]
+    answers: list[Answer] = []
+    start = 0
     for query in queries:
         rows = slice(start, start + query.rows)
         answers.append(
@@ -119,38 +134,85 @@ def _split(answer: Answer, queries: Sequence[Query]) -> list[Answer]:
     return answers
 
 
-def answer_queries(networks: Mapping[str, Denoiser], queries: Sequence[Query], chunk: int | None = None) -> list[Answer]:
-    """Answer many queries with as few network calls as their kinds allow (one a network and number of probes).
+def _answer(networks: Mapping[str, Answerer], query: Query, chunk: int | None) -> Answer:
+    if query.network not in networks:
+        raise ValueError(f"this model has no network '{query.network}'; it has: {', '.join(networks)}")
+    denoiser = networks[query.network]
+    return _call(denoiser, query) if chunk is None else _answer_chunked(denoiser, query, chunk)
 
-    chunk: call the network on exactly this many rows each time (the last padded). A row's floats then do not depend on what it is
-    batched with; None calls once on all rows, fastest for one procedure.
+
+def answer_queries(
+    networks: Mapping[str, Answerer], queries: Sequence[Query], chunk: int | None = None
+) -> list[Answer]:
+    """Answer many queries with as few network calls as their kinds allow (one a network, shape and number of probes).
+
+    chunk: call the network on exactly this many rows each time (the last padded). A row's floats then do not depend on
+    what it is batched with; None calls once on all rows, fastest for one procedure.
+
+    Raises:
+        ValueError: a query names a network that the model has not.
     """
-    answers: list[Answer | None] = [None] * len(queries)
-    groups: dict[tuple[str, int, torch.Size], list[int]] = {}
+    answers: dict[int, Answer] = {}
+    groups: dict[tuple[str, int, torch.dtype, torch.Size], list[int]] = {}
     for index, query in enumerate(queries):
         probes = 0 if query.probes is None else len(query.probes)
-        groups.setdefault((query.network, probes, query.y.shape[1:]), []).append(index)
-    for (network, _, _), members in groups.items():
-        if network not in networks:
-            raise ValueError(f"this model has no network '{network}'; it has: {', '.join(networks)}")
-        joined = _join([queries[i] for i in members])
-        denoiser = networks[network]
-        answer = _call(denoiser, joined) if chunk is None else _answer_chunked(denoiser, joined, chunk)
-        for index, part in zip(members, _split(answer, [queries[i] for i in members]), strict=True):
-            answers[index] = part
-    return [answer for answer in answers if answer is not None]
+        groups.setdefault((query.network, probes, query.y.dtype, query.y.shape[1:]), []).append(index)
+    for members in groups.values():
+        group = [queries[i] for i in members]
+        answers.update(zip(members, _split(_answer(networks, _join(group), chunk), group), strict=True))
+    return [answers[index] for index in range(len(queries))]
+
+
+class FiniteWatch:
+    """Remembers, without waiting for the device, whether the answers of a procedure were finite.
+
+    `check` waits once, at the end, and names the first that was not.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, query: Query, answer: Answer) -> None:
+        """Keeps one sum an image, (n,): not finite where anything in it is not."""
+        total = answer.x_hat.sum(dim=tuple(range(1, answer.x_hat.ndim)))
+        if answer.products is not None:
+            total = total + answer.products.sum(dim=(0, *range(2, answer.products.ndim)))
+        self._seen.append((total, query.gamma))
+
+    def check(self) -> None:
+        """Raises ValueError, naming query, level and image, where an answer was not finite."""
+        if not self._seen or bool(torch.cat([total for total, _ in self._seen]).isfinite().all()):
+            return
+        for index, (total, gamma) in enumerate(self._seen):
+            bad = (~total.isfinite()).nonzero()
+            if len(bad):
+                row = int(bad[0])
+                value = float(gamma[row])
+                raise ValueError(
+                    f"the network's answer is not finite at query {index} of {len(self._seen)} (gamma {value:.4f}, "
+                    f"sigma/alpha {math.exp(value / 2):.4g}), image {row}: its weights or its input are broken"
+                )
 
 
 @torch.no_grad()
-def drive(procedure: Procedure[Result], networks: Mapping[str, Denoiser] | Denoiser, chunk: int | None = None) -> Result:
-    """Answer a procedure until it returns; `chunk` as in `answer_queries`."""
-    if isinstance(networks, Denoiser):
-        networks = {"main": networks}
+def drive(
+    procedure: Procedure[Result], networks: Mapping[str, Answerer] | Answerer, chunk: int | None = None
+) -> Result:
+    """Answer a procedure until it returns; `chunk` as in `answer_queries`.
+
+    Raises:
+        ValueError: an answer was not finite, named with its query and gamma; found at the end, in one look.
+    """
+    named: Mapping[str, Answerer] = networks if isinstance(networks, Mapping) else {"main": networks}
+    watch = FiniteWatch()
     try:
         query = next(procedure)
         while True:
-            query = procedure.send(answer_queries(networks, [query], chunk)[0])
+            answer = _answer(named, query, chunk)
+            watch.note(query, answer)
+            query = procedure.send(answer)
     except StopIteration as stop:
+        watch.check()
         return stop.value
     finally:
         procedure.close()

@@ -33,9 +33,11 @@ class Schedule(Protocol):
     def time(self, gamma: Tensor) -> Tensor: ...
 
 
+@torch.enable_grad()
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """d function / dt at each entry of t by forward differentiation; function acts entry by entry. Differentiable itself."""
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    """d function / dt at each entry of t, by autodiff; function acts entry by entry. Detached."""
+    t = t.detach().requires_grad_()
+    return torch.autograd.grad(function(t).sum(), t)[0]
 
 
 # --- laws with a published table -----------------------------------------------------------------------------------
@@ -322,18 +324,43 @@ class LearnedGamma(nn.Module):
             self.l2_bias.data.normal_(0, 1, generator=generator)
             self.l3_weight.data.normal_(0, 0.01, generator=generator)
 
+    def _hidden(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The sigmoids (..., hidden) and the slope in t of what they are taken of."""
+        weight = self.l2_weight.abs()
+        line = self.l1.abs() * t.double()[..., None]
+        return torch.sigmoid(weight * (2 * line - 1) + self.l2_bias), 2 * self.l1.abs() * weight
+
     def _raw(self, t: Tensor) -> Tensor:
         """Increasing in t, float64, any shape."""
         if self.shape == "scalar":
             return t.double()
-        line = self.l1.abs() * t.double()
-        hidden = torch.sigmoid(self.l2_weight.abs() * (2 * line[..., None] - 1) + self.l2_bias)
-        return line + (self.l3_weight.abs() * hidden).mean(-1)
+        hidden, _ = self._hidden(t)
+        return self.l1.abs() * t.double() + (self.l3_weight.abs() * hidden).mean(-1)
+
+    def _ends_of_raw(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        raw_0, raw_1 = self._raw(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device))
+        return raw_0, raw_1 - raw_0
 
     def fraction(self, t: Tensor) -> Tensor:
-        """(gamma(t) - gamma(0)) / (gamma(1) - gamma(0)), float64: the interior, free of the end points; 0 at 0 and 1 at 1."""
-        raw_0, raw_1 = self._raw(t.new_zeros(())), self._raw(t.new_ones(()))
-        return (self._raw(t) - raw_0) / (raw_1 - raw_0)
+        """(gamma(t) - gamma(0)) / (gamma(1) - gamma(0)), float64: the interior alone, 0 at t = 0 and 1 at t = 1."""
+        raw_0, height = self._ends_of_raw(t)
+        return (self._raw(t) - raw_0) / height
+
+    def interior(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`fraction` and its first and second derivatives in t, float64, each differentiable in the parameters."""
+        if self.shape == "scalar":
+            return t.double(), torch.ones_like(t, dtype=torch.float64), torch.zeros_like(t, dtype=torch.float64)
+        raw_0, height = self._ends_of_raw(t)
+        hidden, slope = self._hidden(t)
+        out = self.l3_weight.abs()
+        first = hidden * (1 - hidden) * slope
+        second = first * (1 - 2 * hidden) * slope
+        value = self.l1.abs() * t.double() + (out * hidden).mean(-1)
+        return (
+            (value - raw_0) / height,
+            (self.l1.abs() + (out * first).mean(-1)) / height,
+            (out * second).mean(-1) / height,
+        )
 
     def gamma(self, t: Tensor) -> Tensor:
         """Differentiable in t and in the parameters; float64 inside."""
@@ -352,11 +379,11 @@ class LearnedGamma(nn.Module):
 
     @property
     def gamma_min(self) -> float:
-        return float(self.ends[0])
+        return float(self.ends[0].detach())
 
     @property
     def gamma_max(self) -> float:
-        return float(self.ends[1])
+        return float(self.ends[1].detach())
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {

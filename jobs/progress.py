@@ -1,0 +1,56 @@
+"""Progress on a terminal: a live bar, or one plain line every few seconds where there is no terminal (logs, `ray job submit`)."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jobs.cli import console
+
+PLAIN_EVERY_S = 5.0
+
+
+class Bar:
+    """One measured piece of work of `total` units; `update` may be called as often as one likes."""
+
+    def __init__(self, what: str, total: float, unit: str, progress: Progress | None) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.progress = progress
+        self.task = None if progress is None else progress.add_task(what, total=total, rate="", note="")
+        self.started = time.monotonic()
+        self.first: float | None = None  # where it stood at the start: resumed work has no rate
+        self.printed = self.started
+
+    def update(self, done: float, note: str = "") -> None:
+        """`done` units so far in all; `note` is what else to show (loss, bits/dim)."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done
+        elapsed = now - self.started
+        rate = (done - self.first) / elapsed if elapsed > 0 else 0.0
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=done, rate=f"{rate:,.0f} {self.unit}/s", note=note)
+        elif now - self.printed >= PLAIN_EVERY_S or done >= self.total:
+            if done < self.total or self.printed > self.started or elapsed > 1:
+                left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else "starting"
+                share = f"{done:,.0f}/{self.total:,.0f} {self.unit}"
+                console.print(f"  {self.what}: {share}, {rate:,.0f} {self.unit}/s, {left}{', ' + note if note else ''}", soft_wrap=True)
+            self.printed = now
+
+
+@contextmanager
+def bar(what: str, total: float, unit: str) -> Iterator[Bar]:
+    """A bar for the length of the block."""
+    if not console.is_terminal:
+        yield Bar(what, total, unit, None)
+        return
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bar(what, total, unit, progress)

@@ -1,0 +1,156 @@
+"""From a run file to what the training loop takes: the same on one machine and on every worker of a cluster."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.choose import build as build_choice
+from pipeline.data import storage
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.stream import Images, Stream, StreamConfig, held_out, thread_stream
+from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.randomness import key_seed
+from pipeline.model import Model, ModelConfig, Scoring, build
+from pipeline.training.events import Event
+from pipeline.training.loop import Hooks, RunError, Task, train
+from pipeline.training.step import Place
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+OpenStream = Callable[[StreamConfig, Manifest, list[int], int], Stream]
+
+SCORED_AT_ONCE = 256
+
+
+def checkpoints(config: "RunConfig") -> str:
+    """URL of a run's checkpoints."""
+    return storage.join(config.output, "checkpoints")
+
+
+def assemble(
+    config: "RunConfig",
+    manifest: Manifest,
+    place: Place,
+    open_stream: OpenStream,
+    stop: Callable[[], bool] = lambda: False,
+) -> Task:
+    """What one rank trains. Its initial weights come from the run's seed, or from `init`.
+
+    Raises:
+        RunError: the shard set does not fit the model.
+    """
+    fits(config.model, manifest)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_seed("initial weights", config.seed))
+        denoiser = build(config.model)
+    if config.init is not None:
+        start_from(denoiser, config.init, config.tracking.uri)
+    held = _Held(config, manifest)
+    return Task(
+        config=config.training,
+        denoiser=denoiser,
+        objective=build_choice(OBJECTIVES, config.objective, "objective"),
+        classes=config.model.classes,
+        open_batches=lambda step: open_stream(config.stream, manifest, place.shards(config.stream.logical_shards), step),
+        batch_size=config.stream.batch_size,
+        logical_shards=config.stream.logical_shards,
+        seed=config.seed,
+        store=checkpoints(config),
+        identity=identity(config, manifest),
+        place=place,
+        hooks=Hooks(
+            evaluate=held.bits_per_dim if config.training.evaluate_images else None,
+            sample=held.sample if config.training.sample_images else None,
+            stop=stop,
+        ),
+    )
+
+
+def train_here(config: "RunConfig", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    """The whole training in this process: no cluster, the data read by threads."""
+    manifest = read_manifest(config.stream.url)
+    device = torch.device("cuda" if config.cluster.gpus_per_worker > 0 else "cpu")
+    yield from train(assemble(config, manifest, Place(device=device), thread_stream, stop))
+
+
+def identity(config: "RunConfig", manifest: Manifest) -> dict[str, Any]:
+    """The facts that make a run this run: a checkpoint is continued only where they are the same. Flat, JSON values."""
+    facts = {
+        "model": asdict(config.model),
+        "objective": config.objective,
+        "init": config.init,
+        "seed": config.seed,
+        "stream": {name: getattr(config.stream, name) for name in ("batch_size", "logical_shards", "seed", "window", "flip")},
+        "data": {"digest": manifest.digest},
+    }
+    return dict(_flat("", json.loads(json.dumps(facts))))
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", value
+
+
+def fits(model: ModelConfig, manifest: Manifest) -> None:
+    """Raises RunError where the shard set has not what the model takes."""
+    if manifest.image.shape != model.shape:
+        raise RunError(
+            f"model takes images of (channels, height, width) {model.shape}, the shard set at {manifest.url} has "
+            f"{manifest.image.shape}: change model.size and model.channels, or shard it anew"
+        )
+    if model.classes and len(manifest.class_names) != model.classes:
+        raise RunError(
+            f"model.classes is {model.classes}, the shard set at {manifest.url} has {len(manifest.class_names)} classes"
+        )
+
+
+def start_from(denoiser: Denoiser, url: str, tracking_uri: str | None) -> None:
+    """Copies the weights of a model version or directory into a fresh denoiser.
+
+    Raises:
+        RunError: they do not fit.
+    """
+    import pipeline
+
+    weights = pipeline.load(url, tracking_uri=tracking_uri).denoiser.state_dict()
+    try:
+        denoiser.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"init: the weights of {url} do not fit the model of this run: {error}") from None
+
+
+class _Held:
+    """The held-out images, read when they are first asked for, and the fixed draws they are scored by."""
+
+    def __init__(self, config: "RunConfig", manifest: Manifest) -> None:
+        self.config, self.manifest = config, manifest
+        self.images: Images | None = None
+
+    def bits_per_dim(self, denoiser: Denoiser, place: Place) -> Tensor:
+        """Bits/dim of this rank's share, (m,) float64, by the continuous bound; image i's draws depend on i alone."""
+        if self.images is None:
+            self.images = held_out(self.manifest, self.config.training.evaluate_images)
+        model = Model(self.config.model, denoiser)
+        how = Scoring("vlb", {"levels": self.config.training.evaluate_levels})
+        mine = torch.arange(place.rank, len(self.images.images), place.world)
+        scores: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
+        for rows in mine.split(SCORED_AT_ONCE):
+            seeds = [key_seed("held-out", index) for index in rows.tolist()]
+            labels = None if self.images.labels is None or not model.config.classes else self.images.labels[rows]
+            scores.append(model.score(self.images.images[rows], seeds, labels, how).bits_per_dim.double().cpu())
+        return torch.cat(scores)
+
+    def sample(self, denoiser: Denoiser) -> Tensor:
+        """A grid's images, uint8 (n, C, H, W), classes in turn, the same seeds every time."""
+        model, count = Model(self.config.model, denoiser), self.config.training.sample_images
+        labels = [i % model.config.classes for i in range(count)] if model.config.classes else None
+        return model.sample(count, labels)

@@ -1,0 +1,58 @@
+"""The training stream read by Ray tasks: the consumer submits its own tasks and owns their blocks, so nothing
+outlives it and nothing spills.
+
+A task is `blocks.read_block`, a pure function of its request: a block lost with its node is made again. At most
+read_ahead_bytes lie in the object store a worker; a block is dropped when its last batch is handed out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pipeline.data.blocks import Block, BlockRequest, read_block
+from pipeline.data.manifest import Manifest
+from pipeline.data.stream import Stream, StreamConfig
+
+CLOSE_TIMEOUT_S = 30.0
+
+
+def reader_cpus(config: StreamConfig) -> float:
+    """CPUs that one worker's reader tasks ask for at a time, beside the worker itself; what a preflight must find
+    free.
+    """
+    return config.readers * config.reader_cpus
+
+
+def ray_stream(config: StreamConfig, manifest: Manifest, logical_shards: Sequence[int], start_step: int = 0) -> Stream:
+    """The stream of `stream.thread_stream`, batch for batch, read by Ray tasks. Ray must be initialised."""
+    return Stream(config, manifest, logical_shards, start_step, RayReaders(config))
+
+
+class RayReaders:
+    """Readers as Ray tasks outside of any placement group, `readers` of them asking for CPUs at a time."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.task = ray.remote(read_block).options(
+            num_cpus=config.reader_cpus,
+            max_retries=3,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # pyright: ignore[reportArgumentType]
+            name="read_block",
+        )
+
+    def submit(self, request: BlockRequest) -> Any:
+        return self.task.remote(request)
+
+    def result(self, handle: Any) -> Block:
+        try:
+            return ray.get(handle)
+        except RayTaskError as error:
+            raise error.cause from None
+
+    def close(self, handles: Sequence[Any]) -> None:
+        for handle in handles:
+            ray.cancel(handle)
+        if handles:
+            ray.wait(list(handles), num_returns=len(handles), timeout=CLOSE_TIMEOUT_S, fetch_local=False)

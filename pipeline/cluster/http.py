@@ -1,0 +1,343 @@
+"""The HTTP application: routes, keys, size limits, errors and server-sent events, over any backend. No Ray in here."""
+
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from importlib.resources import files
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipeline.serving.requests import (
+    LARGEST_SEED,
+    GenerationRequest,
+    LikelihoodOptions,
+    LikelihoodRequest,
+    RequestError,
+    ServingConfig,
+    decode_base64,
+    error_body,
+    parse_body,
+    parse_form,
+)
+from pipeline.serving.service import Refused, refused
+
+log = logging.getLogger("raydiffusion.serving")
+
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+TRACE_ID = re.compile(r"^[A-Za-z0-9_.\-]{1,64}$")
+PAGE = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+
+class Backend(Protocol):
+    """What answers: a `Service` in this process, or replicas elsewhere."""
+
+    async def describe(self) -> dict[str, Any]: ...
+
+    async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]: ...
+
+    def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncIterator[dict[str, Any]]: ...
+
+    async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]: ...
+
+
+def make_app(backend: Backend, config: ServingConfig) -> FastAPI:
+    """The application. Its errors, whatever their cause, have the one schema of `error_body`."""
+    app = FastAPI(title="raydiffusion", version="1", docs_url="/docs", redoc_url=None)
+    app.add_middleware(Guard, config=config)
+    app.add_exception_handler(Refused, _on_refused)
+    app.add_exception_handler(HTTPException, _on_http)
+    _add_page(app)
+    _add_health(app, backend)
+    _add_models(app, backend)
+    _add_generation(app, backend, config)
+    _add_likelihood(app, backend, config)
+    return app
+
+
+# --- before a body is read -------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """Trace id, keys, and requests from other sites' pages; the body is not touched."""
+
+    def __init__(self, app: ASGIApp, config: ServingConfig) -> None:
+        self.app, self.config = app, config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get("x-request-id", "")
+        trace = given if TRACE_ID.match(given) else secrets.token_hex(16)
+        scope.setdefault("state", {})["trace_id"] = trace
+
+        async def send_traced(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", trace.encode())]
+            await send(message)
+
+        if (no := self._refusal(scope["path"], headers)) is None:
+            await self.app(scope, receive, send_traced)
+        else:
+            await _response(no, trace)(scope, receive, send_traced)
+
+    def _refusal(self, path: str, headers: Mapping[str, str]) -> Refused | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = host.rsplit(":", 1)[0] if re.search(r":\d+$", host) else host
+        if not self.config.key_hashes and name not in LOOPBACK_HOSTS:  # a page that rebinds its name to this machine
+            return Refused(403, error_body(f"host '{name[:64]}' is not served", None, "forbidden", 403))
+        if origin is not None and origin.partition("://")[2] != host:
+            return Refused(403, error_body("requests from other sites' pages are refused", None, "forbidden", 403))
+        if path.startswith("/v1/") and self.config.key_hashes and not self._has_key(headers.get("authorization", "")):
+            return Refused(
+                401, error_body("a valid key is needed: Authorization: Bearer KEY", None, "invalid_api_key", 401)
+            )
+        return None
+
+    def _has_key(self, authorization: str) -> bool:
+        scheme, _, key = authorization.partition(" ")
+        digest = hashlib.sha256(key.strip().encode()).hexdigest()
+        matches = [hmac.compare_digest(digest, known) for known in self.config.key_hashes]  # all, in constant time
+        return scheme.lower() == "bearer" and any(matches)
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The body, given up as soon as it passes the limit."""
+    too_large = RequestError(f"the body is more than {limit} bytes", status=413, code="request_too_large")
+    declared = request.headers.get("content-length", "0")
+    if declared.isascii() and declared.isdigit() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON: {str(error)[:200]}", code="malformed_body") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body must be a JSON object, got {type(value).__name__}", code="malformed_body")
+    return value
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _needs(request: Request, *allowed: str) -> None:
+    if _media_type(request) not in allowed:
+        got = _media_type(request)[:64] or "none"
+        message = f"content-type must be {' or '.join(allowed)}, got {got}"
+        raise RequestError(message, status=415, code="unsupported_media_type")
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _response(no: Refused, trace: str) -> JSONResponse:
+    headers = {} if no.retry_after_s is None else {"retry-after": str(max(1, round(no.retry_after_s)))}
+    return JSONResponse({**no.body, "trace_id": trace}, no.status, headers)
+
+
+async def _on_refused(request: Request, error: Exception) -> Response:
+    return _response(refused(error), request.state.trace_id)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    response = _response(
+        Refused(error.status_code, error_body(message, None, code, error.status_code)), request.state.trace_id
+    )
+    response.headers.update(error.headers or {})
+    return response
+
+
+@contextlib.contextmanager
+def _refusing(request: Request) -> Any:
+    """Every exception becomes a `Refused`; what is our own defect is logged with its trace id."""
+    try:
+        yield
+    except Exception as error:
+        no = refused(error)
+        if no.status >= 500 and not isinstance(error, Refused):
+            log.exception("trace %s: %s failed", request.state.trace_id, request.url.path)
+        raise no from error
+
+
+# --- routes ----------------------------------------------------------------------------------------------------------
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = files("pipeline.serving") / "page"
+    contents = {name: (folder / name).read_bytes() for name in PAGE}
+
+    def route(name: str) -> Callable[[], Awaitable[Response]]:
+        async def page() -> Response:
+            headers = {
+                "content-security-policy": PAGE_POLICY,
+                "x-content-type-options": "nosniff",
+                "cache-control": "no-cache",
+            }
+            return Response(contents[name], media_type=f"{PAGE[name]}; charset=utf-8", headers=headers)
+
+        return page
+
+    app.get("/", include_in_schema=False)(route("index.html"))
+    app.get("/style.css", include_in_schema=False)(route("style.css"))
+    app.get("/app.js", include_in_schema=False)(route("app.js"))
+
+
+def _add_health(app: FastAPI, backend: Backend) -> None:
+    @app.get("/healthz", summary="The HTTP side answers")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="A replica is warmed up and has passed its self-test", responses=_ERRORS)
+    async def readyz(request: Request) -> dict[str, Any]:
+        with _refusing(request):
+            facts = await backend.describe()
+        return {"status": "ready", "model": facts["id"], "self_test": facts["self_test"]}
+
+
+def _add_models(app: FastAPI, backend: Backend) -> None:
+    listed = ("id", "object", "created", "owned_by", "version", "digest", "aliases")
+
+    @app.get("/v1/models", summary="The served models", responses=_ERRORS)
+    async def models(request: Request) -> dict[str, Any]:
+        with _refusing(request):
+            facts = await backend.describe()
+        return {"object": "list", "data": [{name: facts[name] for name in listed}]}
+
+    @app.get("/v1/models/{model_id:path}", summary="A model: its card, samplers, estimators, limits", responses=_ERRORS)
+    async def model(request: Request, model_id: str) -> dict[str, Any]:
+        with _refusing(request):
+            facts = await backend.describe()
+            if model_id not in (facts["id"], *facts["aliases"]):
+                message = f"no model '{model_id[:100]}' is served here; it is '{facts['id']}'"
+                raise RequestError(message, "model", status=404, code="model_not_found")
+            return facts
+
+
+def _add_generation(app: FastAPI, backend: Backend, config: ServingConfig) -> None:
+    @app.post(
+        "/v1/images/generations",
+        summary="Make images",
+        responses=_ERRORS,
+        openapi_extra=_request_body({"application/json": GenerationRequest.model_json_schema()}),
+    )
+    async def generations(request: Request) -> Response:
+        with _refusing(request):
+            _needs(request, "application/json")
+            asked = parse_body(GenerationRequest, _json(await _body(request, config.max_request_bytes)))
+            fields = asked.model_dump(exclude_defaults=True)
+            seed = secrets.randbelow(LARGEST_SEED + 1) if asked.seed is None else asked.seed
+            if not asked.stream:
+                return _answer(await backend.generate(fields, seed), request)
+            events = backend.stream(fields, seed)
+            first = await anext(events)  # what is refused at once is refused with its own status
+        return StreamingResponse(_sent_events(first, events, request), media_type="text/event-stream")
+
+
+def _add_likelihood(app: FastAPI, backend: Backend, config: ServingConfig) -> None:
+    form = LikelihoodOptions.model_json_schema()
+    form["properties"]["images"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    bodies = {"application/json": LikelihoodRequest.model_json_schema(), "multipart/form-data": form}
+
+    @app.post(
+        "/v1/likelihood",
+        summary="Score images: bits/dim, its parts and standard error",
+        responses=_ERRORS,
+        openapi_extra=_request_body(bodies),
+    )
+    async def likelihood(request: Request) -> Response:
+        with _refusing(request):
+            _needs(request, "application/json", "multipart/form-data")
+            body = await _body(request, config.max_request_bytes)
+            if _media_type(request) == "application/json":
+                asked = parse_body(LikelihoodRequest, _json(body))
+                encoded = decode_base64(asked.images)
+            else:
+                fields, encoded = parse_form(request.headers["content-type"], body)
+                asked = parse_body(LikelihoodOptions, fields)
+                if not encoded:
+                    raise RequestError("no file was sent as 'images'", "images", code="missing_parameter")
+            fields = asked.model_dump(exclude_defaults=True, exclude={"images"})
+            return _answer(await backend.likelihood(fields, encoded, asked.seed or 0), request)
+
+
+def _answer(body: dict[str, Any], request: Request) -> Response:
+    return JSONResponse({**body, "trace_id": request.state.trace_id})
+
+
+async def _sent_events(
+    first: dict[str, Any], rest: AsyncIterator[dict[str, Any]], request: Request
+) -> AsyncIterator[str]:
+    trace = request.state.trace_id
+    try:
+        yield _sent_event(first, trace)
+        async for event in rest:
+            yield _sent_event(event, trace)
+    except Exception as error:  # the status line has gone out long ago: the error is an event
+        no = refused(error)
+        if no.status >= 500:
+            log.exception("trace %s: a stream failed", trace)
+        yield _sent_event({"type": "error", **no.body}, trace)
+    finally:
+        if (close := getattr(rest, "aclose", None)) is not None:
+            await close()
+
+
+def _sent_event(event: dict[str, Any], trace: str) -> str:
+    return f"event: {event['type']}\ndata: {json.dumps({**event, 'trace_id': trace})}\n\n"
+
+
+# --- the OpenAPI document --------------------------------------------------------------------------------------------
+
+
+def _request_body(schemas: Mapping[str, Any]) -> dict[str, Any]:
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error", "trace_id"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        },
+        "trace_id": {"type": "string"},
+    },
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "Refused", "content": {"application/json": {"schema": _ERROR_SCHEMA}}},
+    "5XX": {"description": "Failed", "content": {"application/json": {"schema": _ERROR_SCHEMA}}},
+}

@@ -1,0 +1,148 @@
+"""Sharding on Ray: one task a slice of the source, the manifest last."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from pipeline.data import shards
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import ShardConfig, SliceDone
+
+TASKS_A_CPU = 2  # under way: one runs, one waits
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """How far the job is. `verified` counts shards of a finished set that were read again and found right."""
+
+    slices_done: int
+    slices: int
+    images: int
+    rejected: int
+    bytes: int
+    verified: int
+    seconds: float
+    images_per_second: float
+    seconds_left: float | None
+
+
+def shard(config: ShardConfig, progress: Callable[[ShardProgress], None] | None = None) -> Manifest:
+    """Makes the set, or goes on with it, or verifies a finished one and makes its damaged shards again. Ray must be
+    initialised.
+
+    Raises:
+        ValueError: an empty source, no readable image, a url that holds another set, or sources changed under the
+            same names.
+        OSError: a store that does not answer.
+    """
+    work = shards.plan(config)
+    try:
+        meter = _Meter(work.slices, progress)
+        standing = shards.standing(work)
+        if standing is None:
+            done = shards.finished(work)
+            for slice_done in done.values():
+                meter.add(slice_done, made=False)
+            _make(work, (index for index in range(work.slices) if index not in done), meter)
+            return shards.commit(work)
+        wrong = _verify(standing, meter)
+        if wrong:
+            _make(work, sorted({shards.slice_of(url) for url in wrong}), meter)
+            still = _verify(standing, meter)
+            if still:
+                reasons = "; ".join(f"{url}: {reason}" for url, reason in still.items())
+                raise ValueError(
+                    f"{config.url} has damaged shards and {config.source} no longer gives the same bytes: {reasons}"
+                )
+            shards.clean(work)
+        return standing
+    finally:
+        work.close()
+
+
+def _make(work: shards.Plan, indices: Iterable[int], meter: "_Meter") -> None:
+    task = ray.remote(shards.make_slice).options(num_cpus=1, max_retries=3, name="make_slice")
+    for done in _run(task.remote(work.config, work.building, work.slice(index)) for index in indices):
+        meter.add(done, made=True)
+
+
+def _verify(standing: Manifest, meter: "_Meter") -> dict[str, str]:
+    """Reads every shard of a finished set; the damaged ones with what is wrong."""
+    task = ray.remote(_checked).options(num_cpus=1, max_retries=3, name="verify_shard")
+    rows = zip(*(standing.shards[name].to_pylist() for name in ("url", "size", "sha256", "samples")), strict=True)
+    wrong: dict[str, str] = {}
+    for url, samples, reason in _run(task.remote(standing.url, *row) for row in rows):
+        if reason is not None:
+            wrong[url] = reason
+        meter.verify(samples)
+    return wrong
+
+
+def _checked(root: str, url: str, size: int, sha256: str, samples: int) -> tuple[str, int, str | None]:
+    return url, samples, shards.damage(root, url, size, sha256)
+
+
+def _run(submitted: Iterator[Any]) -> Iterator[Any]:
+    """The results of tasks as they finish; tasks are submitted as room allows, and cancelled where one fails or the
+    consumer stops.
+    """
+    most = max(2, int(TASKS_A_CPU * ray.cluster_resources().get("CPU", 1)))
+    waiting: list[Any] = []
+    more = True
+    try:
+        while more or waiting:
+            while more and len(waiting) < most:
+                ref = next(submitted, None)
+                if ref is None:
+                    more = False
+                else:
+                    waiting.append(ref)
+            if waiting:
+                ready, waiting = ray.wait(waiting, num_returns=1)
+                try:
+                    yield ray.get(ready[0])
+                except RayTaskError as error:
+                    raise error.cause from None
+    finally:
+        for ref in waiting:
+            ray.cancel(ref)
+
+
+class _Meter:
+    """Counts and rates of a running job; the rate leaves out what was there already."""
+
+    def __init__(self, slices: int, report: Callable[[ShardProgress], None] | None) -> None:
+        self.slices, self.report = slices, report
+        self.started = time.monotonic()
+        self.done = self.made = self.images = self.made_images = self.rejected = self.bytes = self.verified = 0
+
+    def add(self, done: SliceDone, made: bool) -> None:
+        self.done += 1
+        self.made += made
+        self.images += done.images
+        self.made_images += (done.images + done.rejected) * made
+        self.rejected += done.rejected
+        self.bytes += done.bytes
+        self._tell()
+
+    def verify(self, samples: int) -> None:
+        self.verified += 1
+        self.images += samples
+        self.made_images += samples
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.report is None:
+            return
+        seconds = time.monotonic() - self.started
+        left = seconds / self.made * max(0, self.slices - self.done) if self.made else None
+        rate = self.made_images / seconds if seconds > 0 else 0.0
+        self.report(
+            ShardProgress(
+                self.done, self.slices, self.images, self.rejected, self.bytes, self.verified, seconds, rate, left
+            )
+        )

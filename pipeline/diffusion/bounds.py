@@ -1,0 +1,373 @@
+"""Variational bounds: prior, what each step loses, reconstruction. Every term, or a random subset with its standard error."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.choose import choose
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.decoders import DECODERS, DecoderTask, PixelGrid, expected_softmax, mix_log_variance, row_sum
+from pipeline.diffusion.denoiser import Process, shaped
+from pipeline.diffusion.estimate import Likelihood, check_input, repeat_rows, sum_parts
+from pipeline.diffusion.procedure import Answer, Procedure, Query
+from pipeline.diffusion.randomness import Noise
+from pipeline.diffusion.schedule import SCALINGS, prior_variance, step_variance
+
+# --- sums over levels ---------------------------------------------------------------------------------------------
+
+
+def series_variance(terms: Tensor) -> Tensor:
+    """(n,) variance of the sum of k independent terms (n, k) whose means vary smoothly, by their second differences."""
+    n, k = terms.shape
+    if k < 2:
+        return torch.full((n,), math.nan, dtype=torch.float64, device=terms.device)
+    if k == 2:
+        return terms.diff(dim=1)[:, 0] ** 2
+    return row_sum(terms.diff(n=2, dim=1) ** 2) / 6 * (k / (k - 2))
+
+
+def controlled(terms: Tensor, weights: Tensor, squares: Tensor, dimensions: int) -> Tensor:
+    """Terms (n, k) less a control variate |eps|^2 (n, k), of mean D.
+
+    Unbiased, since a term's coefficient is made of its neighbours alone. weights: (n, k), known factors: at low noise a
+    term is close to its weight x |eps|^2 x something smooth.
+    """
+    k = terms.shape[1]
+    if k < 3:
+        return terms
+    ratio = terms / (weights * squares)
+    around = torch.cat([ratio[:, 1:2], (ratio[:, :-2] + ratio[:, 2:]) / 2, ratio[:, -2:-1]], dim=1)
+    return terms - weights * around * (squares - dimensions)
+
+
+# (answer, clean images, gamma_t, gamma_s), m rows each -> (m,) nats
+Measure = Callable[[Answer, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """The images and what goes with them: index, their grey levels; rows, how many a query may have."""
+
+    x: Tensor
+    index: Tensor
+    process: Process
+    noise: Noise
+    conditioning: Conditioning
+    pixels: PixelGrid
+    rows: int
+
+    @property
+    def dimensions(self) -> int:
+        return self.x[0].numel()
+
+
+def _measure_levels(
+    setting: _Setting, gamma_t: Tensor, gamma_s: Tensor, measure: Measure
+) -> Procedure[tuple[Tensor, Tensor]]:
+    """The measure at y_t = x + s_t eps for each image's own levels gamma_t (n, k), and |eps|^2, both (n, k)."""
+    x, (n, k) = setting.x, gamma_t.shape
+    together = max(1, setting.rows // n)
+    values, squares = torch.empty_like(gamma_t), torch.empty_like(gamma_t)
+    for start in range(0, k, together):
+        columns = slice(start, start + together)
+        level = gamma_t[:, columns].flatten()
+        m = gamma_t[:, columns].shape[1]
+        eps = setting.noise.normal_(torch.empty(n, m, *x.shape[1:], dtype=torch.float64, device=x.device)).flatten(0, 1)
+        rows = repeat_rows(n, m, x)
+        clean = x[rows]
+        answer = yield Query(clean + shaped(torch.exp(level / 2), eps) * eps, level, setting.conditioning[rows])
+        value = measure(answer, clean, level, gamma_s[:, columns].flatten())
+        bad = ~torch.isfinite(value)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"likelihood: not a finite number from the network for image {row // m} of the batch at level "
+                f"{start + row % m}, gamma {float(level[row]):.4f}"
+            )
+        values[:, columns] = value.view(n, m)
+        squares[:, columns] = row_sum(eps**2).view(n, m)
+    return values, squares
+
+
+def _reconstruction(
+    setting: _Setting, gamma: float, decoder: str, draws: int, variance: str, log_variances: tuple[float, float]
+) -> Procedure[tuple[Tensor, Tensor, int]]:
+    """E[-log p(u | y_0)] (n,) nats, the variance of its estimate, and the evaluations an image it took."""
+    decode = choose(DECODERS, decoder, "decoder")
+    x = setting.x
+    s = math.exp(gamma / 2)
+    if decoder == "softmax":
+        return expected_softmax(s, setting.index, setting.pixels), torch.zeros_like(row_sum(x)), 0
+    values: list[Tensor] = []
+    for _ in range(draws):
+        y = x + s * setting.noise.normal_like(x)
+        task = DecoderTask(y, gamma, setting.index, setting.conditioning, setting.pixels, log_variances, variance)
+        values.append(-(yield from decode(task)))
+    stack = torch.stack(values, 1)
+    return row_sum(stack) / draws, stack.var(1) / draws, draws
+
+
+def prior_term(x: Tensor, gamma: float, variance: float) -> Tensor:
+    """(n,) nats: KL( N(x, s^2 I) || N(0, variance I) )."""
+    ratio = math.exp(gamma) / variance
+    return 0.5 * row_sum(x.double() ** 2 / variance + (ratio - 1 - math.log(ratio)))
+
+
+def upper_log_variance(process: Process, gamma: float) -> float:
+    """log beta of the last move, from gamma to s = 0: sigma^2, in model space."""
+    alpha = SCALINGS[process.scaling](torch.tensor(gamma, dtype=torch.float64))
+    return gamma + 2 * math.log(float(alpha))
+
+
+def _finish(setting: _Setting, parts: dict[str, Tensor], variance: Tensor, evaluations: int) -> Likelihood:
+    x = setting.x
+    count = torch.full((len(x),), evaluations, dtype=torch.int64, device=x.device)
+    return Likelihood(sum_parts(parts), parts, {"noise": variance.sqrt()}, count, setting.dimensions)
+
+
+def _setting(
+    x: Tensor, process: Process, noise: Noise, conditioning: Conditioning, pixels: PixelGrid, rows: int, draws: int
+) -> _Setting:
+    check_input(x, noise, rows=rows)
+    if draws < 2:
+        raise ValueError(f"likelihood: decoder_draws must be at least 2, got {draws}: one gives no standard error")
+    return _Setting(x.double(), pixels.index(x), process, noise, conditioning, pixels, rows)
+
+
+# --- continuous time ----------------------------------------------------------------------------------------------
+
+
+def _eps_error(answer: Answer, clean: Tensor, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
+    """|eps - eps_hat|^2."""
+    return row_sum(((answer.x_hat - clean) / shaped(torch.exp(gamma_t / 2), clean)) ** 2)
+
+
+def vlb(
+    x: Tensor,
+    process: Process,
+    noise: Noise,
+    conditioning: Conditioning,
+    *,
+    pixels: PixelGrid,
+    levels: int = 64,
+    decoder: str = "softmax",
+    decoder_draws: int = 4,
+    rows: int = 256,
+) -> Procedure[Likelihood]:
+    """The continuous bound: prior + 1/2 integral of E|eps - eps_hat|^2 d gamma + reconstruction.
+
+    (Kingma et al. 2021, eq. 11 and 17.) Parts: 'prior', 'diffusion', 'reconstruction'.
+
+    levels: network evaluations an image, one at a random place of each of as many equal parts of the range of gamma.
+    decoder: 'softmax' (its expectation exactly) or 'gaussian' (`decoder_draws` more evaluations).
+    rows: how many rows a query may have; where there are fewer images, several levels are asked at once.
+
+    Raises:
+        ValueError: pixels off the grid, levels or decoder_draws below 2, no finite number from the network.
+    """
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
+    if levels < 2:
+        raise ValueError(f"likelihood vlb: levels must be at least 2, got {levels}: one gives no standard error")
+    low, high = process.gamma_min, process.gamma_max
+    width = (high - low) / levels
+    place = noise.uniform_(torch.empty(len(x), levels, dtype=torch.float64, device=x.device))
+    gammas = low + width * (torch.arange(levels, device=x.device) + place)
+    errors, squares = yield from _measure_levels(setting, gammas, gammas, _eps_error)
+    weights = torch.full_like(errors, width / 2)
+    terms = controlled(errors * weights, weights, squares, setting.dimensions)
+    log_beta = upper_log_variance(process, low)
+    reconstruction, variance, evaluations = yield from _reconstruction(
+        setting, low, decoder, decoder_draws, "beta", (log_beta, log_beta)
+    )
+    prior = prior_term(setting.x, high, process.prior_variance)
+    parts = {"prior": prior, "diffusion": row_sum(terms), "reconstruction": reconstruction}
+    return _finish(setting, parts, series_variance(terms) + variance, levels + evaluations)
+
+
+# --- discrete time ------------------------------------------------------------------------------------------------
+
+
+def _gaussian_kl(error: Tensor, move: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """(m,) KL between Gaussians of log variances log_q and log_p whose means differ by move x error (m, ...)."""
+    gap = log_q - log_p
+    return 0.5 * row_sum((move * error) ** 2 * torch.exp(-log_p) + torch.expm1(gap) - gap)
+
+
+def _ancestral_measure(process: Process, variance: str) -> Measure:
+    """KL( q(y_s | y_t, x) || p(y_s | y_t) ), the model's variance beta-tilde, beta or learned between them."""
+
+    def measure(answer: Answer, clean: Tensor, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
+        move = -torch.expm1(gamma_s - gamma_t)
+        log_tilde = gamma_s + torch.log(move)
+        log_beta = torch.log(step_variance(process.scaling, gamma_t, gamma_s))
+        bounds = shaped(log_tilde, clean), shaped(log_beta, clean)
+        log_p = mix_log_variance(variance, bounds[0], bounds[1], answer.variance)
+        return _gaussian_kl(clean - answer.x_hat, shaped(move, clean), bounds[0], log_p.expand_as(clean))
+
+    return measure
+
+
+def _ddim_measure(eta: float) -> Measure:
+    """KL of DDIM's step of variance eta^2 beta-tilde (Song et al. 2020, eq. 7), the same in process and model."""
+
+    def measure(answer: Answer, clean: Tensor, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
+        loss = -torch.expm1(gamma_s - gamma_t)
+        keep = torch.exp((gamma_s - gamma_t) / 2) * torch.sqrt(1 - eta**2 * loss)
+        log_variance = shaped(gamma_s + torch.log(eta**2 * loss), clean).expand_as(clean)
+        return _gaussian_kl(clean - answer.x_hat, shaped(1 - keep, clean), log_variance, log_variance)
+
+    return measure
+
+
+def _check_gammas(gammas: Tensor | None, process: Process, steps: int) -> Tensor:
+    low, high = process.gamma_min, process.gamma_max
+    if gammas is None:
+        if steps < 3:
+            raise ValueError(f"likelihood: steps must be at least 3, got {steps}")
+        return torch.linspace(low, high, steps, dtype=torch.float64)
+    ascending = gammas.double().flip(0)
+    if ascending.ndim != 1 or len(ascending) < 3 or not bool((ascending.diff() > 0).all()):
+        raise ValueError("likelihood: gammas must be at least 3 levels, strictly descending from noise to data")
+    slack = 1e-9 * (1 + max(abs(low), abs(high)))
+    if float(ascending[0]) < low - slack or float(ascending[-1]) > high + slack:
+        raise ValueError(
+            f"likelihood: gammas {float(ascending[-1]):.4f}..{float(ascending[0]):.4f} leave [{low:.4f}, {high:.4f}], "
+            f"the range this network was made for"
+        )
+    return ascending
+
+
+def _probabilities(importance: str | Tensor, gaps: Tensor) -> Tensor:
+    """float64 (steps,), positive, sum 1."""
+    if isinstance(importance, str):
+        weights = choose({"uniform": torch.ones_like(gaps), "gamma": gaps}, importance, "importance")
+    else:
+        weights = importance.double().to(gaps.device)
+        if weights.shape != gaps.shape or not bool((weights > 0).all()) or not bool(torch.isfinite(weights).all()):
+            raise ValueError(f"likelihood: importance must be {len(gaps)} positive weights, one a step")
+    return weights / weights.sum()
+
+
+def _pick_terms(setting: _Setting, gaps: Tensor, terms: int | None, importance: str | Tensor) -> tuple[Tensor, Tensor]:
+    """Which steps each image is asked, (n, k), and the factor of each, (n, k)."""
+    n = len(setting.x)
+    if terms is None:
+        every = torch.arange(len(gaps), device=gaps.device).expand(n, -1)
+        return every, torch.ones(n, len(gaps), dtype=torch.float64, device=gaps.device)
+    if terms < 2:
+        raise ValueError(f"likelihood: terms must be at least 2, got {terms}: one gives no standard error")
+    p = _probabilities(importance, gaps)
+    place = setting.noise.uniform_(torch.empty(n, terms, dtype=torch.float64, device=gaps.device))
+    stratum = (torch.arange(terms, device=gaps.device) + place) / terms
+    chosen = torch.searchsorted(p.cumsum(0), stratum, right=True).clamp(max=len(gaps) - 1)
+    return chosen, 1 / (terms * p[chosen])
+
+
+def _discrete(
+    setting: _Setting,
+    gammas: Tensor,
+    measure: Measure,
+    terms: int | None,
+    importance: str | Tensor,
+    decoder: str,
+    decoder_draws: int,
+    variance: str,
+) -> Procedure[Likelihood]:
+    """gammas ascending; the last move, from gammas[0] to the image, is the decoder's."""
+    gammas = gammas.to(setting.x.device)
+    gaps = gammas.diff()
+    chosen, factor = _pick_terms(setting, gaps, terms, importance)
+    values, squares = yield from _measure_levels(setting, gammas[chosen + 1], gammas[chosen], measure)
+    weights = factor * 0.5 * torch.expm1(gaps[chosen])
+    values = controlled(values * factor, weights, squares, setting.dimensions)
+    first, last = float(gammas[0]), float(gammas[-1])
+    log_beta = upper_log_variance(setting.process, first)
+    # beta-tilde of the last move is 0: the one before it stands in (Nichol & Dhariwal 2021)
+    log_tilde = log_beta + math.log(-math.expm1(-float(gaps[0])))
+    reconstruction, spread, evaluations = yield from _reconstruction(
+        setting, first, decoder, decoder_draws, variance, (log_tilde, log_beta)
+    )
+    prior = prior_term(setting.x, last, prior_variance(setting.process.scaling, last))
+    parts = {"prior": prior, "steps": row_sum(values), "reconstruction": reconstruction}
+    return _finish(setting, parts, series_variance(values) + spread, values.shape[1] + evaluations)
+
+
+def vlb_discrete(
+    x: Tensor,
+    process: Process,
+    noise: Noise,
+    conditioning: Conditioning,
+    *,
+    pixels: PixelGrid,
+    gammas: Tensor | None = None,
+    steps: int = 1000,
+    variance: str = "posterior",
+    terms: int | None = None,
+    importance: str | Tensor = "gamma",
+    decoder: str = "softmax",
+    decoder_draws: int = 4,
+    rows: int = 256,
+) -> Procedure[Likelihood]:
+    """The T-step bound: prior, a consistency term for each step, reconstruction (Ho et al. 2020, eq. 5).
+
+    Parts: 'prior', 'steps', 'reconstruction'. With variance 'posterior' a step's term is
+    expm1(gamma_t - gamma_s) / 2 x E|eps - eps_hat|^2 (Kingma et al. 2021, eq. 14).
+
+    gammas: the levels, strictly descending as a sampler's grid; without it `steps` levels uniform in gamma.
+    variance: 'posterior' (beta-tilde), 'beta', or 'learned' (IDDPM's interpolation by the network's variance head).
+    terms: evaluations an image, each at a step drawn by `importance` ('uniform', 'gamma': by the step's width, or
+        positive weights, one a step, from noise-free to noise); None for every step.
+    decoder: 'softmax' or 'gaussian' (DDPM's, of the model's variance, with `decoder_draws` more evaluations).
+
+    Raises:
+        ValueError: pixels off the grid, gammas not descending or outside the network's range, too few of a count, no
+            variance head where it is asked for, no finite number from the network.
+    """
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
+    levels = _check_gammas(gammas, process, steps)
+    measure = _ancestral_measure(process, variance)
+    return (yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, variance))
+
+
+def ddim_bound(
+    x: Tensor,
+    process: Process,
+    noise: Noise,
+    conditioning: Conditioning,
+    *,
+    pixels: PixelGrid,
+    eta: float = 1.0,
+    gammas: Tensor | None = None,
+    steps: int = 1000,
+    terms: int | None = None,
+    importance: str | Tensor = "gamma",
+    decoder: str = "softmax",
+    decoder_draws: int = 4,
+    rows: int = 256,
+) -> Procedure[Likelihood]:
+    """The bound of DDIM's process of variance eta^2 beta-tilde at each step; at eta = 1 that of `vlb_discrete`.
+
+    (Song et al. 2020, appendix B, with the mean's coefficient unsimplified.) Other arguments as in `vlb_discrete`.
+
+    Raises:
+        ValueError: as `vlb_discrete`; eta not positive (the bound is infinite), or so large that a step's variance
+            exceeds the level it goes to (the step is named).
+    """
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
+    levels = _check_gammas(gammas, process, steps)
+    if not (0 < eta < math.inf):
+        raise ValueError(
+            f"likelihood ddim_bound: eta must be positive, got {eta:g}: without noise the bound is infinite"
+        )
+    excess = eta**2 * -torch.expm1(-levels.diff()) > 1
+    if bool(excess.any()):
+        step = int(excess.nonzero()[0, 0]) + 1
+        raise ValueError(
+            f"likelihood ddim_bound: eta {eta:g} asks at step {step} (gamma {float(levels[step]):.4f} to "
+            f"{float(levels[step - 1]):.4f}) for more variance than the level it goes to has: use a smaller eta or more steps"
+        )
+    measure = _ddim_measure(eta)
+    return (yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, "posterior"))

@@ -1,0 +1,63 @@
+"""What a likelihood estimator returns, and what all of them share."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.randomness import Noise
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """One value an image, float64 (n,) in nats, of the 8-bit image (a probability, not a density).
+
+    nats: negative log-likelihood, or an upper bound of it, as estimated; parts: named terms that sum to it.
+    standard_errors: by source of chance ('noise', 'probes', 'dequantisation').
+    evaluations: int64 (n,), network evaluations; dimensions: D.
+    solver_error: (n,) estimated error of an ODE solve, nats, or None.
+    """
+
+    nats: Tensor
+    parts: dict[str, Tensor]
+    standard_errors: dict[str, Tensor]
+    evaluations: Tensor
+    dimensions: int
+    solver_error: Tensor | None = None
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        return self.nats / (self.dimensions * math.log(2))
+
+    @property
+    def standard_error(self) -> Tensor:
+        """All sources together, nats; they are independent."""
+        total = torch.zeros_like(self.nats)
+        for value in self.standard_errors.values():
+            total = total + value**2
+        return total.sqrt()
+
+    @property
+    def bits_per_dim_standard_error(self) -> Tensor:
+        return self.standard_error / (self.dimensions * math.log(2))
+
+
+def sum_parts(parts: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(parts.values())).sum(0)
+
+
+def repeat_rows(n: int, times: int, like: Tensor) -> Tensor:
+    """int64: 0, 0, ..., 1, 1, ..., each row's place `times` times."""
+    return torch.arange(n, device=like.device).repeat_interleave(times)
+
+
+def check_input(x: Tensor, noise: Noise, **counts: int) -> None:
+    """Raises ValueError for no images, another number of seeds, or a named count below 1."""
+    if x.ndim < 2 or not len(x):
+        raise ValueError(f"likelihood: images must have shape (n, ...) with n at least 1, got {tuple(x.shape)}")
+    if len(noise) != len(x):
+        raise ValueError(f"likelihood: {len(x)} images need as many noise seeds, got {len(noise)}")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"likelihood: {name} must be at least 1, got {value}")

@@ -1,0 +1,165 @@
+"""Likelihood estimators: the negative log-likelihood of 8-bit images, in nats an image, with parts and standard errors.
+
+Each is a generator of queries; it is told nothing of the network but the answers. The variational bounds are in bounds.py, the
+solver of the ODE in ode.py, pixels and decoders in decoders.py. All sums are float64.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.choose import choose
+from pipeline.diffusion import ode as flow
+from pipeline.diffusion.bounds import ddim_bound, upper_log_variance, vlb, vlb_discrete
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.decoders import DECODERS, DecoderTask, PixelGrid, row_sum
+from pipeline.diffusion.denoiser import Process
+from pipeline.diffusion.estimate import Likelihood, check_input, repeat_rows, sum_parts
+from pipeline.diffusion.procedure import Procedure
+from pipeline.diffusion.randomness import Noise
+
+__all__ = ["ESTIMATORS", "Likelihood", "PixelGrid", "ddim_bound", "ode", "vlb", "vlb_discrete"]
+
+EXACT_TRACE_LIMIT = 1024  # dimensions; the exact trace costs one vector-Jacobian product each
+
+
+def _probes(x: Tensor, noise: Noise, samples: int, probes: int, trace: str) -> flow.Probes:
+    """One set for each of `samples` solves an image, rows as in x repeated."""
+    n, shape, dimensions = len(x), x.shape[1:], x[0].numel()
+    if trace == "hutchinson":
+        vectors = torch.empty(n, samples, probes, *shape, dtype=torch.float64, device=x.device)
+        return flow.Probes(noise.rademacher_(vectors).flatten(0, 1))
+    if trace != "exact":
+        raise ValueError(f"likelihood ode: trace must be 'hutchinson' or 'exact', got '{trace}'")
+    if dimensions > EXACT_TRACE_LIMIT:
+        raise ValueError(
+            f"likelihood ode: the exact trace takes one vector-Jacobian product a dimension; the images have {dimensions}, the limit is "
+            f"{EXACT_TRACE_LIMIT}: use trace 'hutchinson'"
+        )
+    unit = torch.eye(dimensions, dtype=torch.float64, device=x.device).view(1, dimensions, *shape)
+    return flow.Probes(unit.expand(n * samples, *unit.shape[1:]), exact=True)
+
+
+def _lift_gaussian(x: Tensor, samples: int, noise: Noise, process: Process, pixels: PixelGrid) -> tuple[Tensor, Tensor]:
+    """y_0 ~ q(y_0 | x) (n samples, ...) and log q(y_0 | x)."""
+    eps = noise.normal_(torch.empty(len(x), samples, *x.shape[1:], dtype=torch.float64, device=x.device))
+    s = math.exp(process.gamma_min / 2)
+    y = (x[:, None] + s * eps).flatten(0, 1)
+    return y, -0.5 * row_sum(eps.flatten(0, 1) ** 2 + math.log(2 * math.pi * s**2))
+
+
+def _lift_uniform(x: Tensor, samples: int, noise: Noise, process: Process, pixels: PixelGrid) -> tuple[Tensor, Tensor]:
+    """Uniform in each pixel's bin, of density 1 / bin."""
+    place = noise.uniform_(torch.empty(len(x), samples, *x.shape[1:], dtype=torch.float64, device=x.device))
+    y = (x[:, None] + pixels.bin * (place - 0.5)).flatten(0, 1)
+    return y, torch.full((len(y),), -x[0].numel() * pixels.log_volume, dtype=torch.float64, device=x.device)
+
+
+DEQUANTISATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "gaussian": _lift_gaussian,
+    "uniform": _lift_uniform,
+}
+
+
+def _combine(
+    parts: dict[str, Tensor], end: flow.Flow, evaluations: Tensor, n: int, importance: bool, dimensions: int
+) -> Likelihood:
+    """From the rows of each solve to one value an image: the mean, or with `importance` -log of the mean probability."""
+    table = {name: value.view(n, -1) for name, value in parts.items()}
+    nats = sum_parts(table)
+    samples = nats.shape[1]
+    weights = torch.softmax(-nats, 1) if importance else torch.full_like(nats, 1 / samples)
+    probes = row_sum(weights**2 * end.probe_variance.view(n, -1))
+    means = {name: row_sum(value) / samples for name, value in table.items()}
+    if importance:
+        value = math.log(samples) - torch.logsumexp(-nats, 1)
+        means["importance"] = value - sum_parts(means)
+        spread = (
+            row_sum((weights * samples - 1) ** 2) / samples / (samples - 1)
+            if samples > 1
+            else torch.full_like(value, math.nan)
+        )
+    else:
+        spread = nats.var(1) / samples if samples > 1 else torch.full_like(probes, math.nan)
+    dequantisation = (spread - probes).clamp(min=0)  # the scatter of the solves contains that of their probes
+    return Likelihood(
+        sum_parts(means),
+        means,
+        {"dequantisation": dequantisation.sqrt(), "probes": probes.sqrt()},
+        row_sum(evaluations.view(n, -1)),
+        dimensions,
+        solver_error=row_sum(weights * end.error.view(n, -1)),
+    )
+
+
+def ode(
+    x: Tensor,
+    process: Process,
+    noise: Noise,
+    conditioning: Conditioning,
+    *,
+    pixels: PixelGrid,
+    probes: int = 1,
+    trace: str = "hutchinson",
+    dequantisation: str = "gaussian",
+    samples: int = 1,
+    importance: bool = False,
+    decoder: str = "softmax",
+    tolerance: float = 1e-3,
+    solver: str = "dopri5",
+    data_std: float = 0.5,
+    max_evaluations: int = 10_000,
+) -> Procedure[Likelihood]:
+    """The likelihood of the probability-flow ODE by the change of variables (Song et al. 2021, section 4.3).
+
+    The ODE gives a density at gamma_min. dequantisation says how it scores a grey level:
+        'gaussian': log P(u) >= E_{y_0 ~ q(y_0 | x)}[ log p(y_0) + log p(u | y_0) - log q(y_0 | x) ], with `decoder`; the one to use for
+            a network that has learnt the pixel lattice;
+        'uniform': log P(u) >= E[ log p(x + bin (U - 1/2)) ] + D log bin.
+    samples: draws of either, each a solve; importance: log of the mean weight instead of the mean log (Burda et al. 2016), tighter.
+    probes: Rademacher vectors of the trace estimate, fixed through a solve; trace 'exact' takes D unit vectors instead.
+    tolerance, solver, data_std, max_evaluations: see `pipeline.diffusion.ode.solve`.
+
+    Raises:
+        ValueError: pixels off the grid, a count below 1, the exact trace in too many dimensions, no finite number from the network,
+            `max_evaluations` used up.
+    """
+    check_input(x, noise, probes=probes, samples=samples, max_evaluations=max_evaluations)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"likelihood ode: tolerance must be between 0 and 1, got {tolerance:g}")
+    lift = choose(DEQUANTISATIONS, dequantisation, "dequantisation")
+    decode = choose(DECODERS, decoder, "decoder")
+    index, x, n, dimensions = pixels.index(x), x.double(), len(x), x[0].numel()
+    rows = repeat_rows(n, samples, x)
+    y, log_q = lift(x, samples, noise, process, pixels)
+    vectors = _probes(x, noise, samples, probes, trace)
+    end = yield from flow.solve(
+        y,
+        (process.gamma_min, process.gamma_max),
+        conditioning[rows],
+        vectors,
+        tolerance=tolerance,
+        pair=solver,
+        data_std=data_std,
+        max_evaluations=max_evaluations,
+    )
+    v = process.prior_variance
+    parts = {
+        "prior": 0.5 * row_sum(end.y**2 / v + math.log(2 * math.pi * v)),
+        "volume": -end.log_volume,
+        "dequantisation": log_q,
+    }
+    evaluations = end.evaluations
+    if dequantisation == "gaussian":
+        log_beta = upper_log_variance(process, process.gamma_min)
+        task = DecoderTask(y, process.gamma_min, index[rows], conditioning[rows], pixels, (log_beta, log_beta), "beta")
+        parts["reconstruction"] = -(yield from decode(task))
+        evaluations = evaluations + int(decoder != "softmax")
+    return _combine(parts, end, evaluations, n, importance, dimensions)
+
+
+Estimator = Callable[..., Procedure[Likelihood]]
+
+ESTIMATORS: dict[str, Estimator] = {"vlb": vlb, "vlb_discrete": vlb_discrete, "ddim_bound": ddim_bound, "ode": ode}

@@ -1,0 +1,82 @@
+"""The serving section of the run file."""
+
+import ipaddress
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pipeline.choose import choose
+from pipeline.diffusion.samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """The endpoint: where it listens, what it serves, how much it takes on."""
+
+    model: Annotated[
+        str | None, "models:/NAME@alias, models:/NAME/VERSION or a model directory; null: the champion"
+    ] = None
+    host: Annotated[str, "address to listen on; other than loopback only with key_hashes"] = "127.0.0.1"
+    port: Annotated[int, "TCP port; 0 for any free one"] = 8000
+    key_hashes: Annotated[tuple[str, ...], "sha256 (hex) of each accepted bearer key; empty: no key is asked"] = ()
+    min_replicas: Annotated[int, "engine replicas kept"] = 1
+    max_replicas: Annotated[int, "engine replicas at most"] = 2
+    requests_per_replica: Annotated[float, "ongoing requests a replica should have; more start above it"] = 16.0
+    downscale_delay_s: Annotated[float, "seconds of low load before a replica is stopped"] = 300.0
+    cpus_per_replica: Annotated[float, "CPU cores an engine replica asks for; also its torch threads"] = 1.0
+    gpus_per_replica: Annotated[float, "GPUs an engine replica asks for"] = 0.0
+    cpus_ingress: Annotated[float, "CPU cores the HTTP ingress asks for, a fraction where engines use all cores"] = 0.1
+    chunk: Annotated[int, "rows of every network call; a request's bytes are promised for one value of it"] = 8
+    max_live_images: Annotated[int, "images in progress at once in a replica"] = 256
+    sampler: Annotated[str, "sampler where a request names none"] = "heun"
+    steps: Annotated[int, "steps where a request names none"] = 18
+    max_images: Annotated[int, "images a request at most"] = 64
+    max_steps: Annotated[int, "steps a request at most"] = 1000
+    max_request_cost: Annotated[int, "images x network evaluations x pixels of a request at most"] = 100_000_000
+    max_queued_cost: Annotated[int, "the same, of all requests in a replica: 429 above it"] = 1_000_000_000
+    max_request_bytes: Annotated[int, "body of a request at most"] = 16 << 20
+    max_image_pixels: Annotated[int, "pixels of a sent image at most, before resizing"] = 16_000_000
+    deadline_s: Annotated[float, "seconds until an unfinished request is given up"] = 120.0
+    max_queued_requests: Annotated[int, "requests waiting for a replica at most: 429 above it"] = 512
+
+    def __post_init__(self) -> None:
+        for name in (
+            "chunk",
+            "max_live_images",
+            "steps",
+            "max_images",
+            "max_steps",
+            "max_request_cost",
+            "max_queued_cost",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"serving.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_request_bytes", "max_image_pixels", "max_queued_requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"serving.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("requests_per_replica", "cpus_per_replica", "deadline_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"serving.{name} must be positive, got {getattr(self, name)}")
+        for name in ("gpus_per_replica", "cpus_ingress", "downscale_delay_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"serving.{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"serving.port must be 0..65535, got {self.port}")
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ValueError(
+                f"serving: needs 1 <= min_replicas <= max_replicas, got {self.min_replicas} and {self.max_replicas}"
+            )
+        choose(SAMPLERS, self.sampler, "serving.sampler")
+        if any(len(key) != 64 or set(key) - set("0123456789abcdef") for key in self.key_hashes):
+            raise ValueError("serving.key_hashes must be sha256 digests, 64 hex digits each, never the keys themselves")
+        if not self.key_hashes and not _is_loopback(self.host):
+            raise ValueError(
+                f"serving.host is {self.host}, which others can reach: set serving.key_hashes, or host 127.0.0.1"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,537 @@
+"""Step-level continuous batching: one worker thread answers the open queries of all live requests together.
+
+A request is a procedure (any sampler, any likelihood estimator). At each turn the engine takes the rows that have
+waited longest, whatever their request, sampler, step count or progress, calls the network once on exactly `chunk` rows
+(padded where fewer are open) and resumes the procedures whose query is complete. So requests join and leave between two
+network calls, a long query is answered over several turns, and a request's floats do not depend on its company. No Ray
+and no web framework here.
+"""
+
+import heapq
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.procedure import Answer, Procedure, Query, answer_queries
+
+T = TypeVar("T")
+RATE_MEMORY = 0.05  # share of the newest turn in the running mean of the network's rate
+
+
+class EngineBusy(RuntimeError):
+    """More work is queued than the engine may hold. `retry_after_s`: when about half of it will be done."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineClosed(RuntimeError):
+    """The engine takes no more requests, or stopped before this one was done."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """A request's deadline passed before its end; says after how many evaluations."""
+
+
+class NotFinite(ArithmeticError):
+    """The network answered a request with NaN or infinity; says at which evaluation."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After an evaluation of the main network: `evaluations` so far and its x_hat, (rows of the query, ...), a copy."""
+
+    evaluations: int
+    x_hat: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a request came to.
+
+    evaluations: queries answered, one after the other; row_evaluations: network rows they had together (its cost);
+    queued_s: from submission to its start, run_s: from its start to its end, seconds.
+    """
+
+    value: T
+    evaluations: int
+    row_evaluations: int
+    queued_s: float
+    run_s: float
+
+
+@dataclass(frozen=True)
+class Load:
+    """The engine's state now and its counts since it started.
+
+    waiting, live: requests not yet started, and started; live_rows: images of the live ones; queued_cost: row
+    evaluations still owed to all of them; rows_per_s: running mean of the network's rate; calls, rows, padded_rows:
+    network calls, rows answered and rows wasted; network_s, turn_s: seconds inside the network, and in whole turns.
+    """
+
+    waiting: int
+    live: int
+    live_rows: int
+    queued_cost: int
+    rows_per_s: float
+    calls: int
+    rows: int
+    padded_rows: int
+    finished: int
+    failed: int
+    cancelled: int
+    expired: int
+    network_s: float
+    turn_s: float
+
+
+class _Job:
+    """A request inside the engine; touched by the worker thread only, but for `future`."""
+
+    __slots__ = (
+        "answered",
+        "build",
+        "cost",
+        "deadline",
+        "evaluations",
+        "future",
+        "name",
+        "number",
+        "on_progress",
+        "opened",
+        "over",
+        "parts",
+        "procedure",
+        "query",
+        "row_evaluations",
+        "rows",
+        "started_s",
+        "submitted_s",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        build: Callable[[], Procedure[Any]],
+        rows: int,
+        cost: int,
+        deadline: float | None,
+        on_progress: Callable[[Progress], None] | None,
+        name: str,
+    ) -> None:
+        self.number, self.build, self.rows, self.cost = number, build, rows, cost
+        self.deadline, self.on_progress, self.name = deadline, on_progress, name
+        self.future: Future[Outcome[Any]] = Future()
+        self.procedure: Procedure[Any] | None = None
+        self.query: Query | None = None
+        self.parts: list[Answer] = []  # answers to the first rows of the query
+        self.answered = 0  # rows of the query that have one
+        self.opened = 0  # turn stamp: since when its next row has been waiting
+        self.evaluations = self.row_evaluations = 0
+        self.submitted_s = time.monotonic()
+        self.started_s = self.submitted_s
+        self.over = False
+
+
+Kind = tuple[str, int, torch.Size, torch.dtype, bool]
+
+
+def _kind(query: Query) -> Kind:
+    """Queries of one kind can share a network call without changing each other's floats."""
+    probes = 0 if query.probes is None else len(query.probes)
+    return query.network, probes, query.y.shape[1:], query.y.dtype, query.conditioning.label is not None
+
+
+def _part(query: Query, start: int, count: int) -> Query:
+    if start == 0 and count == query.rows:
+        return query
+    rows = slice(start, start + count)
+    probes = None if query.probes is None else query.probes[:, rows]
+    return Query(query.y[rows], query.gamma[rows], query.conditioning[rows], query.network, probes)
+
+
+def _joined(parts: Sequence[Answer]) -> Answer:
+    if len(parts) == 1:
+        return parts[0]
+    variances = [p.variance for p in parts if p.variance is not None]
+    products = [p.products for p in parts if p.products is not None]
+    return Answer(
+        torch.cat([p.x_hat for p in parts]),
+        torch.cat(variances) if variances else None,
+        torch.cat(products, dim=1) if products else None,
+    )
+
+
+def _finite(answer: Answer) -> bool:
+    finite = bool(torch.isfinite(answer.x_hat).all())
+    return finite and (answer.products is None or bool(torch.isfinite(answer.products).all()))
+
+
+class Engine:
+    """Answers procedures until it is closed; owns one worker thread.
+
+    networks: by name, as `Model.networks`. chunk: rows of every network call. max_live_rows: images in progress at once
+    (the memory of their states); a larger request runs alone. max_queued_cost: row evaluations that may be owed before
+    `submit` refuses. threads: torch threads of the worker; None keeps torch's setting.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, Denoiser],
+        *,
+        chunk: int = 8,
+        max_live_rows: int = 256,
+        max_queued_cost: int = 10_000_000,
+        threads: int | None = None,
+        name: str = "engine",
+    ) -> None:
+        if chunk < 1 or max_live_rows < 1 or max_queued_cost < 1:
+            got = f"{chunk}, {max_live_rows}, {max_queued_cost}"
+            raise ValueError(f"chunk, max_live_rows and max_queued_cost must be at least 1, got {got}")
+        self.networks, self.chunk = dict(networks), chunk
+        self.max_live_rows, self.max_queued_cost = max_live_rows, max_queued_cost
+        self._threads = threads if threads is not None else torch.get_num_threads()
+        self._wake = threading.Condition()
+        self._numbers, self._stamps = itertools.count(), itertools.count()
+        # shared with callers, guarded by _wake
+        self._submitted: deque[_Job] = deque()
+        self._left: deque[_Job] = deque()  # cancelled by their owner
+        self._closing: str | None = None  # "drain" or "now"
+        self._broken: BaseException | None = None
+        # the worker's own
+        self._waiting: deque[_Job] = deque()
+        self._live: dict[int, _Job] = {}
+        self._open: dict[Kind, deque[_Job]] = {}
+        self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, number)
+        self._timed: dict[int, _Job] = {}  # those of them that are not over
+        self._live_rows = self._queued_cost = 0
+        self._calls = self._rows = self._padded = 0
+        self._finished = self._failed = self._cancelled = self._expired = 0
+        self._network_s = self._turn_s = self._row_s = 0.0
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    # --- what callers use --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        procedure: Procedure[T] | Callable[[], Procedure[T]],
+        *,
+        rows: int = 1,
+        cost: int = 1,
+        deadline_s: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        name: str = "",
+    ) -> "Future[Outcome[T]]":
+        """Hand over a procedure, or a function that builds it (called in the worker's thread when its turn comes).
+
+        rows: images it makes or scores; cost: row evaluations it is expected to need; deadline_s: from now.
+        on_progress is called in the worker's thread and must be quick. Cancel the returned future to close the
+        procedure: it is in at most the network call that runs at that moment. A failing request fails alone, with its
+        own exception.
+
+        Raises:
+            EngineBusy: the queue is full. EngineClosed: the engine was closed or has failed.
+        """
+        build = procedure if callable(procedure) else lambda: procedure
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        with self._wake:
+            if self._broken is not None:
+                raise EngineClosed(f"the engine has failed: {self._broken!r}")
+            if self._closing:
+                raise EngineClosed("the engine is closing and takes no more requests")
+            if self._queued_cost and self._queued_cost + cost > self.max_queued_cost:
+                raise EngineBusy(
+                    f"{self._queued_cost} row evaluations are queued; {cost} more would pass {self.max_queued_cost}",
+                    retry_after_s=max(1.0, 0.5 * self._queued_cost * self._row_s),
+                )
+            job = _Job(next(self._numbers), build, rows, cost, deadline, on_progress, name)
+            self._queued_cost += cost
+            self._submitted.append(job)
+            job.future.add_done_callback(lambda future: self._leave(job) if future.cancelled() else None)
+            self._wake.notify()
+        return job.future
+
+    def load(self) -> Load:
+        """A snapshot; may be a turn old."""
+        with self._wake:
+            return Load(
+                waiting=len(self._submitted) + len(self._waiting),
+                live=len(self._live),
+                live_rows=self._live_rows,
+                queued_cost=self._queued_cost,
+                rows_per_s=1 / self._row_s if self._row_s else 0.0,
+                calls=self._calls,
+                rows=self._rows,
+                padded_rows=self._padded,
+                finished=self._finished,
+                failed=self._failed,
+                cancelled=self._cancelled,
+                expired=self._expired,
+                network_s=self._network_s,
+                turn_s=self._turn_s,
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the worker runs."""
+        return self._thread.is_alive() and self._broken is None
+
+    def close(self, drain: bool = False, timeout_s: float | None = None) -> bool:
+        """Take no more requests; with `drain` finish those accepted, else fail them. Returns whether all has ended."""
+        with self._wake:
+            self._closing = "drain" if drain and self._closing != "now" else "now"
+            self._wake.notify()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _leave(self, job: _Job) -> None:
+        with self._wake:
+            self._left.append(job)
+            self._wake.notify()
+
+    # --- the worker --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()  # not inference_mode: tensors made there could not be differentiated for likelihoods
+    def _work(self) -> None:
+        torch.set_num_threads(self._threads)  # a new thread starts with OpenMP's default, not with torch's setting
+        try:
+            while self._gather():
+                started = time.perf_counter()
+                self._turn()
+                self._turn_s += time.perf_counter() - started
+        except BaseException as error:  # a defect of the engine itself: nobody may wait for ever
+            self._broken = error
+            self._abandon(EngineClosed(f"the engine has failed: {error!r}"))
+            raise
+        self._abandon(EngineClosed("the engine was closed before the request was done"))
+
+    def _gather(self) -> bool:
+        """Wait for work; take in what arrived and drop what left. False when the engine is to stop."""
+        with self._wake:
+            while not (self._submitted or self._left or self._live or self._waiting or self._closing):
+                self._wake.wait()
+            self._waiting.extend(self._submitted)
+            for job in self._submitted:
+                if job.deadline is not None:
+                    heapq.heappush(self._deadlines, (job.deadline, job.number))
+                    self._timed[job.number] = job
+            self._submitted.clear()
+            left = list(self._left)
+            self._left.clear()
+            closing = self._closing
+        for job in left:
+            self._drop(job)
+        if closing == "now":
+            return False
+        self._expire()
+        self._admit()
+        return bool(self._live or self._waiting or not closing)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._timed):
+            job = self._timed.get(heapq.heappop(self._deadlines)[1])
+            if job is not None:
+                self._expired += 1
+                self._fail(job, DeadlineExceeded(f"the deadline passed after {job.evaluations} network evaluations"))
+
+    def _admit(self) -> None:
+        """Start waiting requests, in order, while their images fit beside those in progress."""
+        while self._waiting:
+            job = self._waiting[0]
+            if job.over:
+                self._waiting.popleft()
+                continue
+            if self._live and self._live_rows + job.rows > self.max_live_rows:
+                return
+            self._waiting.popleft()
+            self._start(job)
+
+    def _start(self, job: _Job) -> None:
+        job.started_s = time.monotonic()
+        self._live[job.number] = job
+        self._live_rows += job.rows
+        try:
+            job.procedure = job.build()
+            query = next(job.procedure)
+        except StopIteration as stop:
+            self._finish(job, stop.value)
+        except Exception as error:
+            self._failed += 1
+            self._fail(job, error)
+        else:
+            self._ask(job, query)
+
+    def _ask(self, job: _Job, query: Query) -> None:
+        job.query, job.answered, job.parts = query, 0, []
+        self._queue(job, query)
+
+    def _queue(self, job: _Job, query: Query) -> None:
+        job.opened = next(self._stamps)
+        self._open.setdefault(_kind(query), deque()).append(job)
+
+    def _turn(self) -> None:
+        """One network call: the longest waiting rows of one kind."""
+        taken: list[tuple[_Job, Query]] = []
+        room = self.chunk
+        queue = self._oldest()
+        while queue and room:
+            job = queue.popleft()
+            if job.over or job.query is None:
+                continue
+            count = min(room, job.query.rows - job.answered)
+            taken.append((job, _part(job.query, job.answered, count)))
+            room -= count
+        if not taken:
+            return
+        started = time.perf_counter()
+        answers = self._answers([query for _, query in taken])
+        elapsed = time.perf_counter() - started
+        rows = self.chunk - room
+        share = RATE_MEMORY if self._row_s else 1.0
+        self._row_s += share * (elapsed / rows - self._row_s)
+        self._network_s += elapsed
+        self._rows, self._padded = self._rows + rows, self._padded + room
+        for (job, query), answer in zip(taken, answers, strict=True):
+            if job.over:
+                continue
+            if isinstance(answer, Exception):
+                self._failed += 1
+                self._fail(job, answer)
+            else:
+                self._receive(job, query.rows, answer)
+
+    def _oldest(self) -> deque[_Job] | None:
+        """The open queue whose head has waited longest."""
+        best: deque[_Job] | None = None
+        for kind, queue in list(self._open.items()):
+            while queue and queue[0].over:
+                queue.popleft()
+            if not queue:
+                del self._open[kind]
+            elif best is None or queue[0].opened < best[0].opened:
+                best = queue
+        return best
+
+    def _answers(self, queries: list[Query]) -> list[Answer | Exception]:
+        """All in one call; where that fails, one by one, so that a bad request fails alone."""
+        self._calls += 1
+        try:
+            answers: list[Answer | Exception] = [*answer_queries(self.networks, queries, self.chunk)]
+        except Exception as error:
+            if len(queries) == 1:
+                return [error]
+            return [self._answers([query])[0] for query in queries]
+        both = [a.x_hat.flatten() for a in answers if isinstance(a, Answer)]
+        both += [a.products.flatten() for a in answers if isinstance(a, Answer) and a.products is not None]
+        if not bool(torch.isfinite(torch.cat(both)).all()):  # one look at all rows; who it was is asked only then
+            for index, answer in enumerate(answers):
+                if isinstance(answer, Answer) and not _finite(answer):
+                    answers[index] = NotFinite("the network answered with a value that is not finite")
+        return answers
+
+    def _receive(self, job: _Job, rows: int, answer: Answer) -> None:
+        """Rows of a job's query are answered: go on with the rest of them, or resume the procedure."""
+        query, procedure = job.query, job.procedure
+        if query is None or procedure is None:
+            raise AssertionError(f"request {job.number} was answered without having asked")
+        job.answered += rows
+        job.parts.append(answer)
+        self._count(job, rows)
+        if job.answered < query.rows:
+            self._queue(job, query)  # behind those who wait: a large request takes one call a round, like a small one
+            return
+        answer = _joined(job.parts)
+        job.evaluations += 1
+        try:
+            if job.on_progress is not None and query.network == "main" and query.probes is None:
+                job.on_progress(Progress(job.evaluations, answer.x_hat.clone()))
+            following = procedure.send(answer)
+        except StopIteration as stop:
+            self._finish(job, stop.value)
+        except Exception as error:
+            self._failed += 1
+            self._fail(job, error)
+        else:
+            self._ask(job, following)
+
+    # --- endings -----------------------------------------------------------------------------------------------------
+
+    def _count(self, job: _Job, rows: int) -> None:
+        owed = min(rows, max(job.cost - job.row_evaluations, 0))
+        job.row_evaluations += rows
+        with self._wake:
+            self._queued_cost -= owed
+
+    def _end(self, job: _Job) -> None:
+        """Forget a job and close its procedure; its future is the caller's to settle."""
+        if job.over:
+            return
+        job.over = True
+        with self._wake:
+            self._queued_cost -= max(job.cost - job.row_evaluations, 0)
+        self._timed.pop(job.number, None)
+        if self._live.pop(job.number, None) is not None:
+            self._live_rows -= job.rows
+        procedure, job.procedure, job.query, job.parts = job.procedure, None, None, []
+        if procedure is not None:
+            try:
+                procedure.close()
+            except Exception as error:  # its own fault, and told to nobody else
+                _settle(job.future, error)
+
+    def _finish(self, job: _Job, value: Any) -> None:
+        now = time.monotonic()
+        queued_s, run_s = job.started_s - job.submitted_s, now - job.started_s
+        outcome = Outcome(value, job.evaluations, job.row_evaluations, queued_s, run_s)
+        self._finished += 1
+        self._end(job)
+        _settle(job.future, outcome)
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        if job.name:
+            error.add_note(f"request {job.name}, evaluation {job.evaluations + 1}")
+        self._end(job)
+        _settle(job.future, error)
+
+    def _drop(self, job: _Job) -> None:
+        if not job.over:
+            self._cancelled += 1
+            self._end(job)
+
+    def _abandon(self, error: Exception) -> None:
+        with self._wake:
+            self._closing = "now"
+            jobs = [*self._submitted, *self._waiting, *self._live.values()]
+            self._submitted.clear()
+        self._waiting.clear()
+        for job in jobs:
+            self._end(job)
+            _settle(job.future, error)
+
+
+def _settle(future: "Future[Any]", result: object) -> None:
+    try:
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+    except InvalidStateError:  # its owner cancelled it in this instant
+        pass

@@ -1,0 +1,233 @@
+"""From a request to a plan: checked against the model and priced (images x network evaluations x pixels) before
+anything is allocated for it. The plan builds the procedure."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.choose import choose
+from pipeline.data import images
+from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood
+from pipeline.diffusion.procedure import Procedure
+from pipeline.diffusion.randomness import key_seed
+from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.schedule import GRIDS
+from pipeline.model import Model, Sampling, Scoring
+from pipeline.serving.config import ServingConfig
+from pipeline.serving.requests import GenerationRequest, LikelihoodOptions, OptionValue, RequestError
+
+ADAPTIVE_EVALUATIONS = 128  # a solve's network evaluations an image where nothing bounds them; 104 measured at 1e-3
+PRODUCT_COST = 2  # a vector-Jacobian product in units of a network evaluation
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """What a generation request comes to. evaluations: expected network evaluations; cost: row evaluations."""
+
+    n: int
+    labels: tuple[int, ...] | None
+    seed: int
+    how: Sampling
+    evaluations: int
+    cost: int
+
+    def build(self, model: Model) -> Procedure[Tensor]:
+        """The images as `Model.sample` makes them from the same seed: float (n, C, H, W) in model space."""
+        seeds = [key_seed("sample", self.seed, index) for index in range(self.n)]
+        return model.sampling(seeds, self.labels, self.how)
+
+
+@dataclass(frozen=True)
+class LikelihoodPlan:
+    """What a likelihood request comes to; pixels: uint8 (n, C, H, W)."""
+
+    pixels: Tensor
+    labels: tuple[int, ...] | None
+    seed: int
+    how: Scoring
+    cost: int
+
+    @property
+    def n(self) -> int:
+        return len(self.pixels)
+
+    def build(self, model: Model) -> Procedure[Likelihood]:
+        """The scores as `Model.bits_per_dim` gives them with the same seed."""
+        seeds = [key_seed("score", self.seed, index) for index in range(self.n)]
+        return model.scoring(self.pixels, seeds, self.labels, self.how)
+
+
+def plan_generation(request: GenerationRequest, model: Model, config: ServingConfig, seed: int) -> GenerationPlan:
+    """Check a request against the model and price it.
+
+    Raises:
+        RequestError: what this model, this sampler or the limits do not allow; names the field.
+    """
+    side = model.config.size
+    if request.size not in (None, "auto", f"{side}x{side}"):
+        raise RequestError(f"this model makes images of {side}x{side} pixels, got '{request.size}'", "size")
+    if request.n > config.max_images:
+        raise RequestError(f"at most {config.max_images} images a request, got {request.n}", "n")
+    steps = config.steps if request.steps is None else request.steps
+    if steps > config.max_steps:
+        raise RequestError(f"at most {config.max_steps} steps, got {steps}", "steps")
+    name = request.sampler or config.sampler
+    sampler = _chosen(SAMPLERS, name, "sampler")
+    if request.grid is not None:
+        _chosen(GRIDS, request.grid, "grid")
+    options = dict(request.options)
+    for extra in ("eta", "churn"):
+        if (value := getattr(request, extra)) is not None:
+            options[extra] = value
+    options = _checked_options(options, option_defaults(sampler.procedure), f"sampler '{name}'")
+    labels = _labels(request.labels, request.n, model)
+    if request.prompt:
+        labels = _prompted(request.prompt, labels, request.n, model)
+    guided = request.guidance != 1.0
+    if guided and labels is None and model.guide is None:
+        raise RequestError("guidance needs labels: without them there is nothing to guide towards", "guidance")
+    evaluations = int(sampler.evaluations(steps, **{k: v for k, v in options.items() if isinstance(v, int)}))
+    cost = request.n * evaluations * (2 if guided else 1)
+    _check_cost(cost, model, config, f"{request.n} images x {evaluations} network evaluations")
+    how = Sampling(name, steps, request.grid, None, request.guidance, options)
+    return GenerationPlan(request.n, labels, seed, how, evaluations, cost)
+
+
+def plan_likelihood(
+    request: LikelihoodOptions, encoded: Sequence[bytes], model: Model, config: ServingConfig, seed: int
+) -> LikelihoodPlan:
+    """As `plan_generation`; the images are decoded after the rest was found in order.
+
+    Raises:
+        RequestError: as there, or an image that cannot be read or has another size.
+    """
+    n = len(encoded)
+    if n > config.max_images:
+        raise RequestError(f"at most {config.max_images} images a request, got {n}", "images")
+    estimator = procedure_of(_chosen(ESTIMATORS, request.estimator, "estimator"))
+    defaults = option_defaults(estimator)
+    options = _checked_options(request.options, defaults, f"estimator '{request.estimator}'")
+    labels = _labels(request.labels, n, model)
+    evaluations = scoring_evaluations({**defaults, **options}, math.prod(model.config.shape))
+    _check_cost(n * evaluations, model, config, f"{n} images x {evaluations} network evaluations")
+    pixels = torch.stack([_decoded(data, index, request.resize, model, config) for index, data in enumerate(encoded)])
+    return LikelihoodPlan(pixels, labels, seed, Scoring(request.estimator, options), n * evaluations)
+
+
+def _decoded(data: bytes, index: int, policy: str, model: Model, config: ServingConfig) -> Tensor:
+    limits = images.Limits(bytes=config.max_request_bytes, pixels=config.max_image_pixels)
+    try:
+        pixels = images.fit(images.decode(data, model.config.channels, limits), model.config.size, policy)
+    except ValueError as error:
+        raise RequestError(f"images[{index}]: {error}", "images") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _chosen(table: Mapping[str, Any], name: str, kind: str) -> Any:
+    try:
+        return choose(table, name, kind)
+    except ValueError as error:
+        raise RequestError(str(error), kind) from None
+
+
+def procedure_of(entry: Any) -> Callable[..., Procedure[Any]]:
+    """The procedure of a table's entry."""
+    return getattr(entry, "procedure", entry)
+
+
+def option_defaults(procedure: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a procedure that a request may set, with their defaults."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(procedure).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("process", "pixels")
+    }
+
+
+def _checked_options(given: Mapping[str, OptionValue], defaults: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Options of the types that their defaults have."""
+    checked: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            names = ", ".join(defaults) or "none"
+            raise RequestError(f"{kind} has no option '{name[:64]}'{hint}; its options: {names}", name[:64])
+        default = defaults[name]
+        if isinstance(default, bool) or isinstance(value, bool):
+            right = isinstance(default, bool) and isinstance(value, bool)
+        elif isinstance(default, int):
+            right = isinstance(value, int)
+        elif isinstance(default, str):
+            right = isinstance(value, str) and len(value) <= 64
+        elif isinstance(default, float):
+            right = isinstance(value, int | float)
+        else:  # None: a number or nothing
+            right = value is None or isinstance(value, int | float)
+        if not right:
+            wanted = "a number or null" if default is None else f"like its default {default!r}"
+            raise RequestError(f"option '{name}' of {kind} must be {wanted}, got {value!r}", name)
+        checked[name] = float(value) if isinstance(default, float) and isinstance(value, int) else value
+    return checked
+
+
+def scoring_evaluations(options: Mapping[str, Any], dimensions: int) -> int:
+    """Expected network evaluations an image of an estimator with these options."""
+    if "levels" in options:
+        return max(1, int(options["levels"])) + max(0, int(options.get("decoder_draws", 0)))
+    products = dimensions if options.get("trace") == "exact" else max(1, int(options.get("probes", 1)))
+    return ADAPTIVE_EVALUATIONS * (1 + PRODUCT_COST * products) * max(1, int(options.get("samples", 1)))
+
+
+def _check_cost(cost: int, model: Model, config: ServingConfig, what: str) -> None:
+    pixels = model.config.size**2
+    if cost * pixels > config.max_request_cost:
+        raise RequestError(
+            f"{what} x {pixels} pixels is more than the limit of {config.max_request_cost}: ask for less at a time",
+            code="request_too_large",
+        )
+
+
+def _labels(labels: int | list[int] | None, n: int, model: Model) -> tuple[int, ...] | None:
+    """One an image; None where nothing was asked."""
+    if labels is None:
+        return None
+    each = (labels,) * n if isinstance(labels, int) else tuple(labels)
+    classes = model.config.classes
+    if classes == 0 and any(label != -1 for label in each):
+        raise RequestError("this model has no classes", "labels")
+    if len(each) != n:
+        raise RequestError(f"one label or one for each of the {n} images is needed, got {len(each)}", "labels")
+    if not all(-1 <= label < classes for label in each):
+        raise RequestError(f"a label is 0..{classes - 1}, or -1 for no class, got {list(each)[:8]}", "labels")
+    return each if classes else None
+
+
+def class_names(model: Model) -> list[str]:
+    """The names of the classes by the card, else their numbers."""
+    names = model.card.get("class_names")
+    if isinstance(names, list) and len(names) == model.config.classes:
+        return [str(name) for name in names]
+    return [str(index) for index in range(model.config.classes)]
+
+
+def _prompted(prompt: str, labels: tuple[int, ...] | None, n: int, model: Model) -> tuple[int, ...]:
+    names = class_names(model)
+    if not names:
+        raise RequestError("this model has no classes: leave the prompt empty", "prompt")
+    wanted = prompt.strip()
+    if wanted not in names and not (wanted.isascii() and wanted.isdigit() and int(wanted) < len(names)):
+        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise RequestError(f"the prompt must be the name or number of a class ({shown}), or empty", "prompt")
+    label = names.index(wanted) if wanted in names else int(wanted)
+    if labels is not None and any(each != label for each in labels):
+        raise RequestError(
+            f"prompt asks for class {label} and labels for {list(labels)[:8]}: give one of them", "labels"
+        )
+    return (label,) * n

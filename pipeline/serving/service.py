@@ -1,0 +1,376 @@
+"""One served model: requests in, plain values out. Ties a `Model` to its `Engine`; no Ray and no web framework.
+
+Device work happens in the engine's thread and encoding in a pool, so an event loop that calls these is never held up.
+"""
+
+import asyncio
+import base64
+import bisect
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data import images
+from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood
+from pipeline.diffusion.procedure import Procedure
+from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.schedule import GRIDS
+from pipeline.model import Model, Sampling
+from pipeline.serving.config import ServingConfig
+from pipeline.serving.engine import (
+    DeadlineExceeded,
+    Engine,
+    EngineBusy,
+    EngineClosed,
+    NotFinite,
+    Outcome,
+    Progress,
+)
+from pipeline.serving.plans import (
+    GenerationPlan,
+    class_names,
+    option_defaults,
+    plan_generation,
+    plan_likelihood,
+    procedure_of,
+)
+from pipeline.serving.requests import (
+    GenerationRequest,
+    LikelihoodOptions,
+    RequestError,
+    error_body,
+    parse_body,
+)
+
+B = TypeVar("B", GenerationRequest, LikelihoodOptions)
+
+SELF_TEST_SEED = 20_240_229
+DEFAULT_PREVIEWS = 16
+HISTOGRAM_BINS = 40
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model this is. id: what requests call it, aliases: what else they may; version: in the registry, or ''."""
+
+    id: str
+    version: str
+    digest: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """digest: sha256 of the images of a known seed; seconds: how long the whole test took, warm-up included."""
+
+    digest: str
+    seconds: float
+
+
+class Refused(Exception):
+    """A request that got no answer, as HTTP says it; plain values only, so that it can be sent between processes."""
+
+    def __init__(self, status: int, body: dict[str, Any], retry_after_s: float | None = None) -> None:
+        super().__init__(status, body, retry_after_s)
+        self.status, self.body, self.retry_after_s = status, body, retry_after_s
+
+
+def refused(error: Exception) -> Refused:
+    """What a caller is told of an error. A ValueError is the caller's to mend; of our own defects it names only the kind."""
+    match error:
+        case Refused():
+            return error
+        case RequestError():
+            return Refused(error.status, error_body(str(error), error.param, error.code, error.status))
+        case EngineBusy():
+            return Refused(429, error_body(str(error), None, "queue_full", 429), error.retry_after_s)
+        case EngineClosed():
+            return Refused(503, error_body(str(error), None, "not_available", 503), 1.0)
+        case DeadlineExceeded():
+            return Refused(504, error_body(str(error), None, "deadline_exceeded", 504))
+        case NotFinite():
+            return Refused(500, error_body(str(error), None, "not_finite", 500))
+        case ValueError():
+            return Refused(400, error_body(str(error), None, "invalid_value", 400))
+        case _:
+            message = f"the server failed ({type(error).__name__}); its log has the trace id of this answer"
+            return Refused(500, error_body(message, None, "internal_error", 500))
+
+
+class Service:
+    """A model and its engine, warmed up and tested before the constructor returns.
+
+    Raises:
+        ValueError: the self-test failed: the model answers NaN, or an image depends on the requests beside it.
+    """
+
+    def __init__(self, model: Model, config: ServingConfig, identity: Identity) -> None:
+        self.model, self.config, self.identity = model, config, identity
+        pixels = model.config.size**2
+        self.engine = Engine(
+            model.networks,
+            chunk=config.chunk,
+            max_live_rows=config.max_live_images,
+            max_queued_cost=max(1, config.max_queued_cost // pixels),
+            threads=max(1, int(config.cpus_per_replica)),
+            name=f"engine {identity.id}",
+        )
+        self.created = int(time.time())
+        self.held_out = held_out_scores(model.card)
+        try:
+            self.self_test = self_test(self.engine, model)
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def close(self, drain: bool = True, timeout_s: float | None = None) -> bool:
+        """Take no more requests; see `Engine.close`."""
+        return self.engine.close(drain, timeout_s)
+
+    # --- what the model is --------------------------------------------------------------------------------------------
+
+    def entry(self) -> dict[str, Any]:
+        """The model as `GET /v1/models` lists it."""
+        facts = asdict(self.identity)
+        return {
+            **facts,
+            "aliases": list(self.identity.aliases),
+            "object": "model",
+            "created": self.created,
+            "owned_by": "raydiffusion",
+        }
+
+    async def describe(self) -> dict[str, Any]:
+        """The model as `GET /v1/models/{id}` shows it: its card, and all that a form needs to ask it."""
+        config = self.model.config
+        return {
+            **self.entry(),
+            "size": config.size,
+            "channels": config.channels,
+            "class_names": class_names(self.model),
+            "samplers": {
+                name: {"grid": sampler.grid, "stochastic": sampler.stochastic, "options": _options(sampler)}
+                for name, sampler in SAMPLERS.items()
+            },
+            "estimators": {name: {"options": _options(entry)} for name, entry in ESTIMATORS.items()},
+            "grids": list(GRIDS),
+            "defaults": {"sampler": self.config.sampler, "steps": self.config.steps},
+            "limits": {"images": self.config.max_images, "steps": self.config.max_steps},
+            "held_out": {name: _histogram(scores) for name, scores in self.held_out.items()},
+            "self_test": asdict(self.self_test),
+            "card": self.model.card,
+        }
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """The body of an answer of `POST /v1/images/generations`.
+
+        Raises:
+            RequestError: what the request may not ask. EngineBusy, EngineClosed, DeadlineExceeded, NotFinite.
+        """
+        request = self._for_us(parse_body(GenerationRequest, fields))
+        plan = plan_generation(request, self.model, self.config, seed)
+        outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
+        return await asyncio.to_thread(self._generated, plan, outcome)
+
+    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncIterator[dict[str, Any]]:
+        """The same as events: previews of x_hat as they come, then the whole answer. Closing it cancels the request."""
+        request = self._for_us(parse_body(GenerationRequest, fields))
+        plan = plan_generation(request, self.model, self.config, seed)
+        wanted = DEFAULT_PREVIEWS if request.partial_images is None else request.partial_images
+        every = _spread(plan.evaluations, wanted)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Progress | None]()
+
+        def on_progress(progress: Progress) -> None:
+            if progress.evaluations in every:
+                loop.call_soon_threadsafe(events.put_nowait, progress)
+
+        build: Callable[[], Procedure[Tensor]] = lambda: plan.build(self.model)  # noqa: E731
+        task = asyncio.ensure_future(self._run(build, plan.n, plan.cost, on_progress if every else None))
+        task.add_done_callback(lambda _: events.put_nowait(None))
+        shown = 0
+        try:
+            while (progress := await events.get()) is not None:
+                event = await asyncio.to_thread(self._previewed, plan, progress)
+                yield {**event, "partial_image_index": shown}
+                shown += 1
+            body = await asyncio.to_thread(self._generated, plan, await task)
+            event = {**self._event("image_generation.completed"), "b64_json": body["data"][0]["b64_json"], **body}
+            yield {**event, "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}}
+        finally:
+            task.cancel()
+
+    def _generated(self, plan: GenerationPlan, outcome: Outcome[Tensor]) -> dict[str, Any]:
+        if not bool(torch.isfinite(outcome.value).all()):
+            raise NotFinite("the sampler came to a value that is not finite")
+        labels = plan.labels or (-1,) * plan.n
+        data = [
+            {"b64_json": encoded, "index": index, "label": labels[index]}
+            for index, encoded in enumerate(_encoded(outcome.value))
+        ]
+        how = {"sampler": plan.how.sampler, "steps": plan.how.steps, "guidance": plan.how.guidance}
+        side = self.model.config.size
+        head = {"created": int(time.time()), "data": data, "size": f"{side}x{side}", "output_format": "png"}
+        return {**head, **self._lineage(plan.seed, outcome), **how, "options": plan.how.options}
+
+    def _previewed(self, plan: GenerationPlan, progress: Progress) -> dict[str, Any]:
+        x_hat = progress.x_hat
+        if len(x_hat) == 2 * plan.n:  # a guided query asks conditional rows, then unconditional ones
+            x_hat = torch.lerp(x_hat[plan.n :], x_hat[: plan.n], plan.how.guidance)
+        encoded = _encoded(x_hat)
+        return {
+            **self._event("image_generation.partial_image"),
+            "b64_json": encoded[0],
+            "data": [{"b64_json": each, "index": index} for index, each in enumerate(encoded)],
+            "evaluations": progress.evaluations,
+            "expected_evaluations": plan.evaluations,
+        }
+
+    def _event(self, kind: str) -> dict[str, Any]:
+        side = self.model.config.size
+        fixed = {"background": "opaque", "output_format": "png", "quality": "auto"}
+        return {"type": kind, "created_at": int(time.time()), "size": f"{side}x{side}", **fixed}
+
+    # --- likelihood -----------------------------------------------------------------------------------------------
+
+    async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]:
+        """The body of an answer of `POST /v1/likelihood`; `fields` as `LikelihoodOptions`.
+
+        Raises:
+            RequestError and the engine's errors, as `generate`.
+        """
+        request = self._for_us(parse_body(LikelihoodOptions, fields))
+        plan = await asyncio.to_thread(plan_likelihood, request, encoded, self.model, self.config, seed)
+        outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
+        held_out = self.held_out.get(request.estimator)
+        labels = plan.labels or (-1,) * plan.n
+        data = [
+            {"index": index, "label": labels[index], **_score(outcome.value, index, held_out)}
+            for index in range(plan.n)
+        ]
+        how = {"estimator": plan.how.estimator, "options": plan.how.options}
+        return {"object": "list", "data": data, **self._lineage(plan.seed, outcome), **how}
+
+    # --- both -----------------------------------------------------------------------------------------------------
+
+    async def _run(
+        self,
+        build: Callable[[], Procedure[Any]],
+        rows: int,
+        cost: int,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Outcome[Any]:
+        """Through the engine; cancelling the awaiting task cancels the request."""
+        deadline_s = self.config.deadline_s
+        future = self.engine.submit(build, rows=rows, cost=cost, deadline_s=deadline_s, on_progress=on_progress)
+        return await asyncio.wrap_future(future)
+
+    def _for_us(self, request: B) -> B:
+        names = (None, self.identity.id, *self.identity.aliases)
+        if request.model not in names:
+            message = f"no model '{request.model}' is served here; it is '{self.identity.id}'"
+            raise RequestError(message, "model", status=404, code="model_not_found")
+        return request
+
+    def _lineage(self, seed: int, outcome: Outcome[Any]) -> dict[str, Any]:
+        return {
+            "model": self.identity.id,
+            "model_version": self.identity.version,
+            "model_digest": self.identity.digest,
+            "seed": seed,
+            "evaluations": outcome.evaluations,
+            "row_evaluations": outcome.row_evaluations,
+            "queued_s": round(outcome.queued_s, 6),
+            "run_s": round(outcome.run_s, 6),
+        }
+
+
+def self_test(engine: Engine, model: Model) -> SelfTest:
+    """Warm up, then make two images of a known seed alone and again beside other requests: the same pixels, all finite.
+
+    Raises:
+        ValueError: they differ, or are not finite.
+    """
+    started = time.perf_counter()
+    labels = (0, 0) if model.config.classes else None
+
+    def ask(seed: int, steps: int) -> Callable[[], Procedure[Tensor]]:
+        return lambda: model.sampling((seed, seed + 1), labels, Sampling(steps=steps))
+
+    try:
+        alone = engine.submit(ask(SELF_TEST_SEED, 3), rows=2, name="self-test").result()
+        beside = [engine.submit(ask(SELF_TEST_SEED + index, 2 + index % 4), rows=2) for index in (-3, -2, -1)]
+        again = engine.submit(ask(SELF_TEST_SEED, 3), rows=2, name="self-test").result()
+        for other in beside:
+            other.result()
+    except NotFinite as error:
+        raise ValueError(f"self-test: {error}") from None
+    if not torch.equal(alone.value, again.value):
+        raise ValueError("self-test: an image differs when other requests run beside it")
+    if not bool(torch.isfinite(alone.value).all()):
+        raise ValueError("self-test: the model made pixels that are not finite")
+    digest = hashlib.sha256(images.to_pixels(alone.value).cpu().numpy().tobytes()).hexdigest()
+    return SelfTest(digest, time.perf_counter() - started)
+
+
+def _encoded(x: Tensor) -> list[str]:
+    """Base64 PNG of each image of (n, C, H, W) in model space."""
+    pixels = images.to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
+    return [base64.b64encode(images.encode_png(np.ascontiguousarray(each))).decode() for each in pixels]
+
+
+def _spread(evaluations: int, wanted: int) -> set[int]:
+    """At most `wanted` evaluation numbers, evenly over 1..evaluations, the last one among them."""
+    count = min(evaluations, wanted)
+    return {round(evaluations * (index + 1) / count) for index in range(count)}
+
+
+def _score(scores: Likelihood, index: int, held_out: list[float] | None) -> dict[str, Any]:
+    bits = float(scores.bits_per_dim[index])
+    return {
+        "bits_per_dim": bits,
+        "standard_error": _number(float(scores.bits_per_dim_standard_error[index])),
+        "nats": float(scores.nats[index]),
+        "parts_nats": {name: float(value[index]) for name, value in scores.parts.items()},
+        "standard_errors_nats": {name: _number(float(v[index])) for name, v in scores.standard_errors.items()},
+        "evaluations": int(scores.evaluations[index]),
+        "percentile": None if held_out is None else _percentile(held_out, bits),
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: a standard error that one draw cannot tell is null."""
+    return value if np.isfinite(value) else None
+
+
+# --- the held-out images' scores; the card has them as {"held_out_bits_per_dim": {estimator: [bits/dim an image]}} ---
+
+
+def held_out_scores(card: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Sorted bits/dim of the held-out images by estimator; empty where the card has none."""
+    table = card.get("held_out_bits_per_dim") or {}
+    return {str(name): sorted(float(value) for value in values) for name, values in table.items() if values}
+
+
+def _percentile(scores: list[float], value: float) -> float:
+    """Share of `scores`, in percent, that lie below `value` (ties count half)."""
+    below, through = bisect.bisect_left(scores, value), bisect.bisect_right(scores, value)
+    return 50.0 * (below + through) / len(scores)
+
+
+def _histogram(scores: list[float]) -> dict[str, Any]:
+    counts, edges = np.histogram(scores, bins=HISTOGRAM_BINS)
+    return {"count": len(scores), "counts": counts.tolist(), "edges": [round(float(edge), 6) for edge in edges]}
+
+
+def _options(entry: Any) -> dict[str, Any]:
+    """Options with defaults that JSON can carry."""
+    defaults = option_defaults(procedure_of(entry))
+    return {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in defaults.items()}

@@ -1,0 +1,77 @@
+"""Small real image folders, and shard sets made of them in this process."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline.data import blocks
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import ShardConfig, shard_in_process
+
+
+def write_images(folder: Path, count: int, size: int, channels: int = 3, classes: int = 3, seed: int = 0) -> None:
+    """`count` PNGs of smooth noise in `classes` sub-folders (0: none)."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        small = rng.integers(0, 256, (max(2, size // 4), max(2, size // 4), channels), dtype=np.uint8)
+        pixels = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
+        place = folder / f"class{i % classes}" if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(place / f"{i:05d}.png"), pixels)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Manifest]:
+    """made(count, size, ...) -> the manifest of a set of that many random images."""
+
+    def make(count: int = 100, size: int = 8, channels: int = 3, classes: int = 3, name: str = "set", **config: object) -> Manifest:
+        write_images(tmp_path / f"{name}-images", count, size, channels, classes)
+        values = {"image_size": size, "channels": channels, "samples_per_shard": 16} | config
+        return shard_in_process(ShardConfig(str(tmp_path / f"{name}-images"), str(tmp_path / name), **values))  # pyright: ignore[reportArgumentType]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache() -> Iterator[None]:
+    blocks.CACHE.clear()
+    yield
+    blocks.CACHE.clear()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of an S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """s3://NAME of a new, empty bucket; the environment points at the server."""
+    import zlib
+
+    import boto3
+
+    from pipeline.data import storage
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    storage._client_of.cache_clear()
+    bucket = f"bucket-{zlib.crc32(request.node.nodeid.encode()):08x}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}"
+    storage._client_of.cache_clear()

@@ -1,0 +1,197 @@
+"""Images: the pixel grid, agreement with Pillow, refusals before decoding."""
+
+import io
+import math
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from pipeline.data import images
+
+RNG = np.random.default_rng(0)
+
+
+def photo(height: int = 40, width: int = 56, channels: int = 3) -> np.ndarray:
+    small = RNG.integers(0, 256, (6, 7, channels), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def test_the_grid_is_exact_and_inverts() -> None:
+    u = torch.arange(256, dtype=torch.uint8)
+    x = images.to_model(u)
+    assert x.dtype == torch.float32
+    assert x.tolist() == [2 * (k + 0.5) / 256 - 1 for k in range(256)]
+    assert torch.equal(images.to_pixels(x), u)
+    for inside in (-0.499 * images.PIXEL_BIN, 0.499 * images.PIXEL_BIN):
+        assert torch.equal(images.to_pixels(x.double() + inside), u)
+    assert images.to_pixels(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+    assert u.tolist() == list(range(256))
+
+
+def test_eight_bits_of_noise_score_eight_bits() -> None:
+    """Uniform density 1/2 on [-1, 1]: ln 2 nats a dimension in x."""
+    assert (math.log(2) + images.LOG_VOLUME_NATS_PER_DIM) / math.log(2) == pytest.approx(8.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_upright_and_equal_to_pillow(kind: str, orientation: int, channels: int) -> None:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    data = encoded(Image.fromarray(photo()), kind, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    got = images.decode(data, channels)
+    if channels == 1:
+        luma = expected @ np.array([0.299, 0.587, 0.114])
+        assert got.shape == (*expected.shape[:2], 1)
+        assert np.abs(got[:, :, 0] - luma).max() <= 1.0
+    else:
+        assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_images(kind: str, channels: int) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    data = encoded(Image.fromarray(photo(channels=1)[:, :, 0]), kind, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("L"))
+    assert np.array_equal(images.decode(data, channels), np.repeat(expected[:, :, None], channels, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "palette", "1"])
+def test_other_modes(mode: str) -> None:
+    source = Image.fromarray(photo())
+    if mode == "palette":
+        image, options = source.quantize(16), {"transparency": 3}
+    elif mode in ("RGBA", "LA"):
+        image, options = source.convert(mode), {}
+        image.putalpha(Image.fromarray(photo(channels=1)[:, :, 0]))
+    else:
+        image, options = source.convert(mode), {}
+    data = encoded(image, "PNG", **options)
+    rgba = Image.open(io.BytesIO(data)).convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    assert np.array_equal(images.decode(data, 3), np.asarray(Image.alpha_composite(white, rgba).convert("RGB")))
+
+
+def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    end = b"IEND"
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + bytes(4) + end + struct.pack(">I", zlib.crc32(end))
+
+
+def animated(kind: str) -> bytes:
+    frames = [Image.fromarray(photo()) for _ in range(3)]
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=10)
+
+
+BAD = {
+    "empty": (b"", "empty file"),
+    "text": (b"hello, world", "not a jpg, png or webp"),
+    "gif": (encoded(Image.fromarray(photo()), "GIF"), "not a jpg, png or webp"),
+    "bmp": (encoded(Image.fromarray(photo()), "BMP"), "not a jpg, png or webp"),
+    "tiff": (encoded(Image.fromarray(photo()), "TIFF"), "not a jpg, png or webp"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a jpg, png or webp"),
+    "pickle": (b"\x80\x04\x95", "not a jpg, png or webp"),
+    "bomb": (png_header(100_000, 100_000), "100000 x 100000 pixels"),
+    "wide bomb": (png_header(2**31 - 1, 2**31 - 1), "pixels; allowed"),
+    "no pixels": (png_header(0, 5), "0 x 5 pixels"),
+    "header only": (png_header(5, 5), "decoder refused"),
+    "16 bit": (encoded(Image.fromarray((photo(channels=1)[:, :, 0].astype(np.uint16) * 257)), "PNG"), "16 bits"),
+    "cmyk": (encoded(Image.fromarray(photo()).convert("CMYK"), "JPEG"), "4 components"),
+    "apng": (animated("PNG"), "animated"),
+    "animated webp": (animated("WEBP"), "animated"),
+    "jpg without frame": (b"\xff\xd8\xff\xd9" + bytes(20), "no frame header"),
+    "jpg soi only": (b"\xff\xd8\xff", "no frame header"),
+    "webp riff only": (b"RIFF\x10\x00\x00\x00WEBPVP8 " + bytes(8), "webp"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refusals_are_named(name: str) -> None:
+    data, reason = BAD[name]
+    with pytest.raises(ValueError, match=reason):
+        images.decode(data, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_every_truncation_is_refused(kind: str) -> None:
+    data = encoded(Image.fromarray(photo()), kind)
+    for cut in range(0, len(data) - 4, 37):
+        with pytest.raises(ValueError):
+            images.decode(data[:cut], 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_flipped_bytes_decode_or_are_refused_by_name(kind: str) -> None:
+    data = bytearray(encoded(Image.fromarray(photo()), kind))
+    for at in range(0, len(data), 23):
+        damaged = bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        try:
+            made = images.decode(damaged, 3, images.Limits(pixels=100_000))
+        except ValueError:
+            continue
+        assert made.dtype == np.uint8
+        assert made.shape[2] == 3
+        assert made.size <= 300_000
+
+
+def test_limits() -> None:
+    data = encoded(Image.fromarray(photo()), "PNG")
+    with pytest.raises(ValueError, match="more than the limit of 100"):
+        images.decode(data, 3, images.Limits(bytes=100))
+    with pytest.raises(ValueError, match="56 x 40 pixels"):
+        images.decode(data, 3, images.Limits(pixels=56 * 40 - 1))
+    assert images.decode(data, 3, images.Limits(pixels=56 * 40)).shape == (40, 56, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_round_trip(channels: int) -> None:
+    pixels = photo(channels=channels)
+    data = images.encode_png(pixels)
+    assert images.encode_png(pixels) == data
+    assert np.array_equal(images.decode(data, channels), pixels)
+    assert np.array_equal(images.decode_own(data, channels), pixels)
+    with pytest.raises(ValueError, match="decoder refused"):
+        images.decode_own(data[:-30], channels)
+
+
+@pytest.mark.parametrize("policy", images.POLICIES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fit(policy: str, channels: int) -> None:
+    square = photo(32, 32, channels)
+    assert np.array_equal(images.fit(square, 32, policy), square)
+    for height, width in ((40, 56), (56, 40), (17, 90), (8, 9)):
+        pixels = photo(height, width, channels)
+        if policy == "exact":
+            with pytest.raises(ValueError, match="resize: exact wants 16 x 16"):
+                images.fit(pixels, 16, policy)
+        else:
+            assert images.fit(pixels, 16, policy).shape == (16, 16, channels)
+    flat = np.full((33, 50, channels), 77, dtype=np.uint8)
+    if policy != "exact":
+        assert (images.fit(flat, 16, policy) == 77).all()
+
+
+def test_centre_crop_takes_the_middle() -> None:
+    pixels = np.zeros((10, 30, 3), dtype=np.uint8)
+    pixels[:, 10:20] = 200
+    assert (images.fit(pixels, 10, "centre-crop") == 200).all()
+
+
+def test_unknown_policy_teaches_the_names() -> None:
+    with pytest.raises(ValueError, match="did you mean 'squash'"):
+        images.fit(photo(), 8, "sqash")

@@ -1,0 +1,148 @@
+"""Storage: one URL form, atomic writes, refusals by name, S3 through a real server."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import storage
+
+REFUSED = [
+    "pipe:cat /etc/passwd",
+    "pipe:curl http://169.254.169.254/",
+    "http://169.254.169.254/latest/meta-data",
+    "https://example.org/x.tar",
+    "file:///etc/passwd",
+    "file:x",
+    "ftp://host/x",
+    "gs://bucket/x",
+    "S3://bucket/x",
+    "s3:bucket/x",
+    "s3:///key",
+    "s3://b/key",
+    "s3://Bucket/key",
+    "s3://user:secret@host/key",
+    "s3://bucket/../other",
+    "s3://bucket/a//b",
+    "s3://bucket/./a",
+    "data:text/plain,hello",
+    "python:os.system",
+    "c:\\windows",
+    "a\nb",
+    "a\0b",
+    "",
+]
+LEAVING = ["..", "../x", "a/../../x", "/etc/passwd", "a//b", "./a", "s3://bucket/x", "pipe:id", "a\\..\\b", "a\0b", "", "a/"]
+
+
+@pytest.mark.parametrize("url", REFUSED)
+def test_refused_urls(url: str) -> None:
+    for call in (storage.parse, storage.exists, storage.read_bytes, lambda u: storage.write_bytes(u, b""), lambda u: list(storage.list_files(u)), storage.delete):
+        with pytest.raises(ValueError, match=r"refused|not a storage URL"):
+            call(url)
+
+
+@pytest.mark.parametrize("part", LEAVING)
+@pytest.mark.parametrize("root", ["/data/set", "s3://bucket/set"])
+def test_join_stays_below_its_root(root: str, part: str) -> None:
+    with pytest.raises(ValueError, match="refused path"):
+        storage.join(root, part)
+
+
+def test_join() -> None:
+    assert storage.join("/a/b/", "c/d", "e") == "/a/b/c/d/e"
+    assert storage.join("s3://bucket", "c", "d") == "s3://bucket/c/d"
+    assert storage.join("/", "c") == "/c"
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "local":
+        yield str(tmp_path / "root")
+    else:
+        yield request.getfixturevalue("s3_bucket")
+
+
+def test_round_trip(root: str, tmp_path: Path) -> None:
+    url = storage.join(root, "folder", "data.bin")
+    data = os.urandom(100_000)
+    assert not storage.exists(url)
+    storage.write_bytes(url, data)
+    assert storage.exists(url)
+    assert storage.size_of(url) == len(data)
+    assert storage.read_bytes(url) == data
+    assert storage.read_bytes(url, 10, 20) == data[10:20]
+    assert storage.read_bytes(url, 99_990) == data[99_990:]
+    assert storage.read_bytes(url, 99_990, 200_000) == data[99_990:]
+    assert storage.read_bytes(url, 5, 5) == b""
+    assert storage.digest_of(url) == storage.digest(data)
+    storage.write_bytes(url, b"new")
+    assert storage.read_bytes(url) == b"new"
+    source = tmp_path / "source"
+    source.write_bytes(data)
+    storage.write_file(storage.join(root, "folder", "other"), source)
+    storage.fetch_file(storage.join(root, "folder", "other"), tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    assert [(e.path, e.size) for e in storage.list_files(root)] == [("folder/data.bin", 3), ("folder/other", len(data))]
+    assert [e.path for e in storage.list_files(storage.join(root, "folder"))] == ["data.bin", "other"]
+    storage.delete(url)
+    storage.delete(url)
+    assert not storage.exists(url)
+    storage.delete_tree(storage.join(root, "folder"))
+    assert list(storage.list_files(root)) == []
+
+
+def test_missing(root: str) -> None:
+    for call in (storage.read_bytes, storage.size_of, storage.digest_of):
+        with pytest.raises(FileNotFoundError):
+            call(storage.join(root, "nothing"))
+    assert list(storage.list_files(storage.join(root, "nothing"))) == []
+
+
+def test_listing_pages_on_s3(s3_bucket: str) -> None:
+    for i in range(1005):
+        storage.write_bytes(storage.join(s3_bucket, "many", f"{i:04d}"), b"")
+    assert [entry.path for entry in storage.list_files(storage.join(s3_bucket, "many"))] == [f"{i:04d}" for i in range(1005)]
+
+
+def test_missing_bucket_and_credentials_are_named(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="no such bucket"):
+        storage.write_bytes("s3://not-there/x", b"")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._client_of.cache_clear()
+    with pytest.raises(PermissionError, match="no S3 credentials"):
+        storage.read_bytes(storage.join(s3_bucket, "x"))
+
+
+def test_an_unreachable_store_is_named_after_all_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(storage, "LONGEST_DELAY_S", 0.002)
+    with pytest.raises(storage.StorageError, match=r"s3://bucket/x: no answer after 8 tries") as caught:
+        storage.read_bytes("s3://bucket/x")
+    assert "very-secret" not in str(caught.value)
+
+
+def test_a_failed_local_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    storage.write_bytes(str(path), b"old")
+    with pytest.raises(TypeError):
+        storage.write_bytes(str(path), "not bytes")  # pyright: ignore[reportArgumentType]
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~storage._umask()
+
+
+def test_hidden_files_are_left_out_and_link_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_bytes(b"1")
+    (tmp_path / ".hidden").write_bytes(b"1")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "x")
+    assert [entry.path for entry in storage.list_files(str(tmp_path))] == ["a/x", "link"]

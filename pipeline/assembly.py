@@ -10,10 +10,12 @@ from torch import Tensor
 
 from pipeline.choose import build as build_choice
 from pipeline.data import storage
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import load as load_manifest
 from pipeline.data.stream import Images, Stream, StreamConfig, held_out, thread_stream
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import key_seed
 from pipeline.model import Model, ModelConfig, Scoring, build
 from pipeline.training.events import Event
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 OpenStream = Callable[[StreamConfig, Manifest, list[int], int], Stream]
 
 SCORED_AT_ONCE = 256
+IN_ORDER = ("batch_size", "logical_shards", "seed", "window", "flip")  # what decides which image comes when
 
 
 def checkpoints(config: "RunConfig") -> str:
@@ -57,7 +60,9 @@ def assemble(
         denoiser=denoiser,
         objective=build_choice(OBJECTIVES, config.objective, "objective"),
         classes=config.model.classes,
-        open_batches=lambda step: open_stream(config.stream, manifest, place.shards(config.stream.logical_shards), step),
+        open_batches=lambda step: open_stream(
+            config.stream, manifest, place.shards(config.stream.logical_shards), step
+        ),
         batch_size=config.stream.batch_size,
         logical_shards=config.stream.logical_shards,
         seed=config.seed,
@@ -74,7 +79,7 @@ def assemble(
 
 def train_here(config: "RunConfig", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
     """The whole training in this process: no cluster, the data read by threads."""
-    manifest = read_manifest(config.stream.url)
+    manifest = load_manifest(config.stream.url)
     device = torch.device("cuda" if config.cluster.gpus_per_worker > 0 else "cpu")
     yield from train(assemble(config, manifest, Place(device=device), thread_stream, stop))
 
@@ -86,7 +91,7 @@ def identity(config: "RunConfig", manifest: Manifest) -> dict[str, Any]:
         "objective": config.objective,
         "init": config.init,
         "seed": config.seed,
-        "stream": {name: getattr(config.stream, name) for name in ("batch_size", "logical_shards", "seed", "window", "flip")},
+        "stream": {name: getattr(config.stream, name) for name in IN_ORDER},
         "data": {"digest": manifest.digest},
     }
     return dict(_flat("", json.loads(json.dumps(facts))))
@@ -146,7 +151,8 @@ class _Held:
         for rows in mine.split(SCORED_AT_ONCE):
             seeds = [key_seed("held-out", index) for index in rows.tolist()]
             labels = None if self.images.labels is None or not model.config.classes else self.images.labels[rows]
-            scores.append(model.score(self.images.images[rows], seeds, labels, how).bits_per_dim.double().cpu())
+            scoring = model.scoring(self.images.images[rows], seeds, labels, how)
+            scores.append(drive(scoring, model.networks).bits_per_dim.double().cpu())
         return torch.cat(scores)
 
     def sample(self, denoiser: Denoiser) -> Tensor:

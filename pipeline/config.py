@@ -16,7 +16,7 @@ from pipeline.data.shards import ShardConfig
 from pipeline.data.stream import StreamConfig
 from pipeline.evaluation import EvaluationConfig
 from pipeline.model import ModelConfig
-from pipeline.serving.requests import ServingConfig
+from pipeline.serving.config import ServingConfig
 from pipeline.training.loop import TrainingConfig
 
 

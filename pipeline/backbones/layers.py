@@ -1,7 +1,7 @@
 """The few operations that several networks share. Stateless: the weights belong to the networks."""
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ EmbeddingDenominator = Literal["half", "half_minus_1"]
 MAX_PERIOD = 10_000.0  # of the slowest sinusoid, Vaswani et al. 2017
 
 
-def sinusoidal_embedding(level: Tensor, width: int, order: EmbeddingOrder, denominator: EmbeddingDenominator) -> Tensor:
-    """(n,) float32 levels -> (n, width): sines and cosines at width / 2 frequencies from 1 down to 1 / 10000.
+def sinusoidal_embedding(
+    level: Tensor, width: int, order: EmbeddingOrder = "cos_sin", denominator: EmbeddingDenominator = "half"
+) -> Tensor:
+    """(n,) levels -> (n, width) float32: sines and cosines at width / 2 frequencies from 1 down to 1 / 10000.
 
     The published networks differ in which half comes first and in whether the last frequency is exactly 1/10000
     ("half_minus_1": DDPM, EDM's DDPM++) or one step above it ("half": IDDPM, ADM, DiT). Weights do not carry over.
@@ -25,12 +27,16 @@ def sinusoidal_embedding(level: Tensor, width: int, order: EmbeddingOrder, denom
     exponent = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=level.device)
     exponent = exponent / (half if denominator == "half" else half - 1)
     angle = level.float()[:, None] * torch.exp(exponent)[None, :]
-    parts = (angle.sin(), angle.cos()) if order == "sin_cos" else (angle.cos(), angle.sin())
-    return torch.cat(parts, dim=1)
+    return paired(angle, order)
+
+
+def paired(angle: Tensor, order: EmbeddingOrder) -> Tensor:
+    """(n, k) angles -> (n, 2k) sines and cosines."""
+    return torch.cat((angle.sin(), angle.cos()) if order == "sin_cos" else (angle.cos(), angle.sin()), dim=1)
 
 
 def label_embedding(table: nn.Embedding | None, conditioning: Conditioning) -> Tensor | None:
-    """(n, width) rows of `table`, zeros where the label is `NO_LABEL`; None if nothing is asked for.
+    """(n, width): rows of `table`, zeros where the label is `NO_LABEL`; None if nothing is asked for.
 
     Raises:
         ValueError: labels were given to a network that was built without classes.
@@ -41,6 +47,36 @@ def label_embedding(table: nn.Embedding | None, conditioning: Conditioning) -> T
     if table is None:
         raise ValueError("labels were given to a network without classes: pass no labels, or build it with classes > 0")
     return table(label.clamp(min=0)) * (label >= 0)[:, None]
+
+
+def group_norm(width: int, groups: int, group_width: int, eps: float) -> nn.GroupNorm:
+    """GroupNorm of `groups` groups, fewer where they would hold less than `group_width` channels each.
+
+    Raises:
+        ValueError: the groups do not divide the channels.
+    """
+    count = min(groups, max(1, width // group_width))
+    if width % count:
+        raise ValueError(
+            f"{width} channels do not divide into {count} groups: change the widths, norm_groups or norm_group_width"
+        )
+    return nn.GroupNorm(count, width, eps=eps)
+
+
+class Attention(nn.Module):
+    """(x + proj(self-attention over the pixels of norm(x))) * skip_scale; x (n, c, h, w)."""
+
+    def __init__(self, norm: nn.GroupNorm, heads: int, skip_scale: float = 1.0) -> None:
+        super().__init__()
+        width = norm.num_channels
+        self.heads, self.skip_scale = heads, skip_scale
+        self.norm = norm
+        self.qkv = nn.Conv2d(width, 3 * width, 1)  # channels ordered (head, [q, k, v], channel of the head)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.proj(attend(self.qkv(self.norm(x)), self.heads)).add_(x)
+        return h if self.skip_scale == 1 else h.mul_(self.skip_scale)
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -102,7 +138,10 @@ class SparseDropout(torch.autograd.Function):
 
 
 def dropped_positions(count: int, p: float) -> Tensor:
-    """Increasing positions in 0..count-1, each present with probability p: distances are geometric, floor(log u / log(1 - p)) + 1."""
+    """Increasing positions in 0..count-1, each present with probability p.
+
+    Distances are geometric: floor(log u / log(1 - p)) + 1.
+    """
     draws = int(count * p + 6 * math.sqrt(count * p)) + 8
     u = torch.rand(draws).neg_().add_(1.0)  # in (0, 1], on the generator's own grid of 2 ** -24
     distance = u.log_().div_(math.log1p(-p)).floor_().add_(1.0).clamp_(max=count + 1)

@@ -1,22 +1,11 @@
-"""The published U-Nets, as configurations: what to pass to `build` for each, and the parameters it then has."""
+"""The published networks, as arguments of `build`."""
 
 import math
-from dataclasses import dataclass
 
+from pipeline.backbones.dit import dit
+from pipeline.backbones.table import Architecture
 from pipeline.backbones.unet import UNetConfig
-
-
-@dataclass(frozen=True)
-class Published:
-    """Arguments of `build` and the resulting number of parameters."""
-
-    config: UNetConfig
-    channels: int
-    size: int
-    classes: int
-    out_channels: int
-    parameters: int
-
+from pipeline.backbones.vdm import VDMConfig
 
 DDPM_CIFAR10 = UNetConfig()  # the defaults are Ho et al. 2020
 
@@ -62,9 +51,15 @@ ADM_IMAGENET64 = UNetConfig(
     init="torch",
 )
 
-PUBLISHED: dict[str, Published] = {
-    "ddpm_cifar10": Published(DDPM_CIFAR10, 3, 32, 0, 3, 35_746_307),
-    "iddpm_cifar10": Published(IDDPM_CIFAR10, 3, 32, 0, 6, 0),
-    "ddpmpp_cifar10": Published(DDPMPP_CIFAR10, 3, 32, 0, 3, 0),
-    "adm_imagenet64": Published(ADM_IMAGENET64, 3, 64, 1000, 3, 0),
+PUBLISHED: dict[str, Architecture] = {
+    "ddpm_cifar10": Architecture(DDPM_CIFAR10, channels=3, size=32, classes=0, out_channels=3),
+    "iddpm_cifar10": Architecture(IDDPM_CIFAR10, channels=3, size=32, classes=0, out_channels=6),
+    "ddpmpp_cifar10": Architecture(DDPMPP_CIFAR10, channels=3, size=32, classes=0, out_channels=3),
+    "adm_imagenet64": Architecture(ADM_IMAGENET64, channels=3, size=64, classes=1000, out_channels=3),
+    "vdm_cifar10": Architecture(VDMConfig(), channels=3, size=32, classes=0, out_channels=3),
+    "vdm_imagenet32": Architecture(VDMConfig(width=256), channels=3, size=32, classes=0, out_channels=3),
+    "vdm_cifar10_augmented": Architecture(
+        VDMConfig(width=256, attention_everywhere=True), channels=3, size=32, classes=0, out_channels=3
+    ),
+    "dit_xl_2": Architecture(dit("XL"), channels=4, size=32, classes=1000, out_channels=8),
 }

@@ -1,14 +1,15 @@
 """Networks by name."""
 
+from dataclasses import dataclass
+
 from torch import nn
 
+from pipeline.backbones.dit import DiT, DiTConfig
+from pipeline.backbones.mlp import MLP, MLPConfig
 from pipeline.backbones.unet import UNet, UNetConfig
+from pipeline.backbones.vdm import VDM, VDMConfig
 
-BackboneConfig = UNetConfig
-
-BACKBONES = {"unet": UNetConfig}  # the names of a run file
-
-NETWORKS: dict[type, type[nn.Module]] = {UNetConfig: UNet}
+BackboneConfig = UNetConfig | VDMConfig | DiTConfig | MLPConfig
 
 
 def build(config: BackboneConfig, channels: int, size: int, classes: int, out_channels: int) -> nn.Module:
@@ -24,4 +25,32 @@ def build(config: BackboneConfig, channels: int, size: int, classes: int, out_ch
     Raises:
         ValueError: what the configuration cannot do at this size.
     """
+    least = {"channels": (channels, 1), "size": (size, 1), "classes": (classes, 0), "out_channels": (out_channels, 1)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ValueError(f"{name} is {value}; at least {smallest} is needed")
     return NETWORKS[type(config)](config, channels, size, classes, out_channels)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything `build` needs."""
+
+    config: BackboneConfig
+    channels: int
+    size: int
+    classes: int
+    out_channels: int
+
+    def build(self) -> nn.Module:
+        return build(self.config, self.channels, self.size, self.classes, self.out_channels)
+
+
+BACKBONES: dict[str, type[BackboneConfig]] = {"unet": UNetConfig, "vdm": VDMConfig, "dit": DiTConfig, "mlp": MLPConfig}
+
+NETWORKS: dict[type[BackboneConfig], type[nn.Module]] = {
+    UNetConfig: UNet,
+    VDMConfig: VDM,
+    DiTConfig: DiT,
+    MLPConfig: MLP,
+}

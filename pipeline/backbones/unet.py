@@ -1,9 +1,9 @@
 """One U-Net that is DDPM's, IDDPM's, DDPM++ (as in EDM) or ADM's by configuration.
 
 DDPM: Ho et al. 2020 (2006.11239). IDDPM: Nichol & Dhariwal 2021 (2102.09672). ADM: Dhariwal & Nichol 2021 (2105.05233).
-DDPM++: Song et al. 2021 (2011.13456), as configured by EDM, Karras et al. 2022 (2206.00364). `published.py` has the values.
-The differences that change results without changing a shape (norm epsilon, order and spacing of the sinusoids, skip
-scaling, padding of the strided convolution) are fields.
+DDPM++: Song et al. 2021 (2011.13456), as configured by EDM, Karras et al. 2022 (2206.00364). `published.py` has their
+values. The differences that change results without changing a shape (norm epsilon, order and spacing of the sinusoids,
+skip scaling, padding of the strided convolution) are fields.
 """
 
 import math
@@ -15,74 +15,70 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.backbones.layers import (
+    Attention,
     EmbeddingDenominator,
     EmbeddingOrder,
-    attend,
     dropout,
     fast_layout,
+    group_norm,
     label_embedding,
     norm_silu,
+    paired,
     sinusoidal_embedding,
 )
+from pipeline.backbones.options import at_least, positive, probability, settle
 from pipeline.diffusion.conditioning import Conditioning
+
+Resize = Literal["none", "down", "up"]
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Every choice of the U-Net but the image shape and the number of classes."""
+    """Every choice of the U-Net but the image shape and the number of classes. The defaults are DDPM's for CIFAR-10."""
 
     base_width: Annotated[int, "channels at full resolution; widths are multiples of it"] = 128
-    multipliers: Annotated[tuple[int, ...], "width of each resolution in base widths, full resolution first"] = (1, 2, 2, 2)
+    multipliers: Annotated[tuple[int, ...], "width of each resolution in base widths, finest first"] = (1, 2, 2, 2)
     blocks: Annotated[int, "residual blocks a resolution going down (one more going up)"] = 2
-    attention_at: Annotated[tuple[int, ...], "resolutions (pixels a side) with self-attention; the middle always has it"] = (16,)
-    decoder_attention: Annotated[Literal["every", "last"], "going up: attention after every block or the last one only"] = "every"
-    heads: Annotated[int | None, "attention heads; none: use head_width"] = 1
-    head_width: Annotated[int | None, "channels a head; none: use heads"] = None
+    attention_at: Annotated[tuple[int, ...], "pixels a side with self-attention; the middle always has it"] = (16,)
+    decoder_attention: Annotated[Literal["every", "last"], "going up: after every block or the last"] = "every"
+    heads: Annotated[int | None, "attention heads; null: use head_width"] = 1
+    head_width: Annotated[int | None, "channels a head; null: use heads"] = None
     dropout: Annotated[float, "probability of dropping an activation inside a residual block, 0 to below 1"] = 0.1
-    modulation: Annotated[Literal["shift", "scale_shift"], "how the noise level enters a block: added, or scaling the norm too"] = "shift"
-    resample: Annotated[Literal["conv", "block"], "halve and double by one convolution, or inside a residual block"] = "conv"
+    modulation: Annotated[Literal["shift", "scale_shift"], "noise level: added, or scaling the norm too"] = "shift"
+    resample: Annotated[Literal["conv", "block"], "resize by one convolution or in a residual block"] = "conv"
     resample_projection: Annotated[bool, "resample=block: a 1x1 convolution on the block's skip path"] = False
-    down_padding: Annotated[int, "resample=conv: 1 pads both sides of the strided convolution, 0 the far side only (DDPM)"] = 0
+    down_padding: Annotated[int, "resample=conv, going down: 1 pads both sides, 0 the far side only (DDPM)"] = 0
     skip_scale: Annotated[float, "factor on each residual sum (1, or sqrt(1/2) in DDPM++)"] = 1.0
     norm_groups: Annotated[int, "groups of a GroupNorm at most"] = 32
     norm_group_width: Annotated[int, "channels of a group at least"] = 4
     norm_eps: Annotated[float, "added to the variance in a GroupNorm (1e-6: DDPM, DDPM++; 1e-5: IDDPM, ADM)"] = 1e-6
-    embedding: Annotated[Literal["sinusoidal", "fourier"], "of the noise level: fixed sinusoids or random Fourier features"] = "sinusoidal"
+    embedding: Annotated[Literal["sinusoidal", "fourier"], "of the noise level: fixed or random"] = "sinusoidal"
     embedding_order: Annotated[EmbeddingOrder, "which half comes first"] = "sin_cos"
-    embedding_denominator: Annotated[EmbeddingDenominator, "sinusoidal: spacing of the log frequencies"] = "half_minus_1"
+    embedding_denominator: Annotated[EmbeddingDenominator, "sinusoidal: spacing of log frequencies"] = "half_minus_1"
     level_scale: Annotated[float, "the noise level is multiplied by this before it is embedded"] = 1.0
     fourier_scale: Annotated[float, "fourier: standard deviation of the frequencies"] = 16.0
-    label_at: Annotated[Literal["input", "output"], "the class vector joins the noise embedding before or after its two layers"] = "output"
+    label_at: Annotated[Literal["input", "output"], "of the noise embedding's two layers: labels join here"] = "output"
     augmentation_labels: Annotated[int, "numbers that describe the augmentation of an image (EDM: 9); 0: none"] = 0
-    init: Annotated[Literal["xavier", "torch"], "initial weights: Xavier uniform with zero biases, or torch's default"] = "xavier"
-    last_gain: Annotated[float, "factor on the initial last layer of each block and of the network (0, or 1e-5 in DDPM++)"] = 0.0
+    init: Annotated[Literal["xavier", "torch"], "weights: Xavier uniform, zero biases; or torch's default"] = "xavier"
+    last_gain: Annotated[float, "factor on the initial last layer of each block (0, or 1e-5 in DDPM++)"] = 0.0
     attention_gain: Annotated[float, "init=xavier: factor on the initial query, key and value weights"] = 1.0
 
     def __post_init__(self) -> None:
+        settle(self)
         if self.base_width < 4 or self.base_width % 2:
             raise ValueError(f"base_width is {self.base_width}; an even number of at least 4 is needed")
         if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers is {self.multipliers}; one whole number of at least 1 a resolution is needed")
-        if self.blocks < 1:
-            raise ValueError(f"blocks is {self.blocks}; at least 1 is needed")
+            raise ValueError(
+                f"multipliers is {self.multipliers}; one whole number of at least 1 a resolution is needed"
+            )
         if (self.heads is None) == (self.head_width is None):
             raise ValueError(f"heads is {self.heads} and head_width is {self.head_width}; give exactly one of them")
-        if (self.heads is not None and self.heads < 1) or (self.head_width is not None and self.head_width < 1):
-            raise ValueError(f"heads is {self.heads}, head_width is {self.head_width}; at least 1 is needed")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; 0 <= dropout < 1 is needed")
         if self.down_padding not in (0, 1):
             raise ValueError(f"down_padding is {self.down_padding}; choose 0 or 1")
-        if self.norm_groups < 1 or self.norm_group_width < 1 or not self.norm_eps > 0:
-            raise ValueError("norm_groups and norm_group_width must be at least 1 and norm_eps positive")
-        if self.augmentation_labels < 0:
-            raise ValueError(f"augmentation_labels is {self.augmentation_labels}; 0 or more is needed")
-        for name in ("skip_scale", "level_scale", "fourier_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; a positive number is needed")
-        for name in ("last_gain", "attention_gain"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; a number of at least 0 is needed")
+        at_least(self, 1, "blocks", "heads", "head_width", "norm_groups", "norm_group_width")
+        at_least(self, 0, "augmentation_labels", "last_gain", "attention_gain")
+        positive(self, "skip_scale", "norm_eps", "level_scale", "fourier_scale")
+        probability(self, "dropout")
 
     @property
     def embedding_width(self) -> int:
@@ -97,54 +93,44 @@ class UNetConfig:
             raise ValueError(f"{named} does not divide the {width} channels of an attention layer")
         return heads
 
-
-def group_norm(config: UNetConfig, width: int) -> nn.GroupNorm:
-    groups = min(config.norm_groups, max(1, width // config.norm_group_width))
-    if width % groups:
-        raise ValueError(f"{width} channels do not divide into {groups} groups: change base_width, norm_groups or norm_group_width")
-    return nn.GroupNorm(groups, width, eps=config.norm_eps)
+    def norm(self, width: int) -> nn.GroupNorm:
+        """The GroupNorm of a layer of `width` channels. Raises ValueError where the groups do not divide it."""
+        return group_norm(width, self.norm_groups, self.norm_group_width, self.norm_eps)
 
 
-def resized(x: Tensor, resample: Literal["none", "down", "up"]) -> Tensor:
+def resized(x: Tensor, resample: Resize) -> Tensor:
     """Mean of 2x2 pixels, or each pixel repeated 2x2."""
     if resample == "down":
         return F.avg_pool2d(x, 2)
     return F.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else x
 
 
-class Attention(nn.Module):
-    """x + proj(attention(norm(x))) over the pixels, scaled."""
-
-    def __init__(self, config: UNetConfig, width: int) -> None:
-        super().__init__()
-        self.heads = config.heads_of(width)
-        self.skip_scale = config.skip_scale
-        self.norm = group_norm(config, width)
-        self.qkv = nn.Conv2d(width, 3 * width, 1)  # channels ordered (head, [q, k, v], channel of the head)
-        self.proj = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.proj(attend(self.qkv(self.norm(x)), self.heads)).add_(x)
-        return h if self.skip_scale == 1 else h.mul_(self.skip_scale)
-
-
 class Block(nn.Module):
-    """Residual block: norm, silu, [resize,] conv, noise level, norm, silu, dropout, conv; then attention where asked for."""
+    """norm, silu, [resize,] conv, noise level, norm, silu, dropout, conv, plus the input; then attention if asked."""
 
     def __init__(
-        self, config: UNetConfig, c_in: int, c_out: int, attention: bool, resample: Literal["none", "down", "up"] = "none"
+        self,
+        config: UNetConfig,
+        c_in: int,
+        c_out: int,
+        attention: bool,
+        resample: Resize = "none",
     ) -> None:
         super().__init__()
-        self.resample: Literal["none", "down", "up"] = resample
-        self.skip_scale, self.dropout, self.scaled = config.skip_scale, config.dropout, config.modulation == "scale_shift"
-        self.norm1 = group_norm(config, c_in)
+        self.resample: Resize = resample
+        self.skip_scale, self.dropout, self.scaled = (
+            config.skip_scale,
+            config.dropout,
+            config.modulation == "scale_shift",
+        )
+        self.norm1 = config.norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = nn.Linear(config.embedding_width, (2 if self.scaled else 1) * c_out)
-        self.norm2 = group_norm(config, c_out)
+        self.norm2 = config.norm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         projected = c_in != c_out or (resample != "none" and config.resample_projection)
         self.skip = nn.Conv2d(c_in, c_out, 1) if projected else None
-        self.attention = Attention(config, c_out) if attention else None
+        self.attention = Attention(config.norm(c_out), config.heads_of(c_out), config.skip_scale) if attention else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(resized(norm_silu(x, self.norm1), self.resample))
@@ -208,12 +194,17 @@ class UNet(nn.Module):
         resolutions = checked_resolutions(config, size)
         base, width = config.base_width, config.base_width
         self.config = config
-        self.map1, self.map2 = nn.Linear(base, config.embedding_width), nn.Linear(config.embedding_width, config.embedding_width)
+        self.map1, self.map2 = (
+            nn.Linear(base, config.embedding_width),
+            nn.Linear(config.embedding_width, config.embedding_width),
+        )
         if config.embedding == "fourier":
             self.register_buffer("frequencies", torch.randn(base // 2) * config.fourier_scale)
         label_width = base if config.label_at == "input" else config.embedding_width
         self.labels = nn.Embedding(classes, label_width) if classes else None
-        self.augmentation = nn.Linear(config.augmentation_labels, base, bias=False) if config.augmentation_labels else None
+        self.augmentation = (
+            nn.Linear(config.augmentation_labels, base, bias=False) if config.augmentation_labels else None
+        )
 
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         self.encoder, skips = nn.ModuleList(), [width]
@@ -230,14 +221,18 @@ class UNet(nn.Module):
         self.decoder, self.takes_skip = nn.ModuleList(), list[bool]()
         for i in reversed(range(len(resolutions))):
             if i < len(resolutions) - 1:
-                self.decoder.append(Block(config, width, width, False, "up") if config.resample == "block" else Upsample(width))
+                self.decoder.append(
+                    Block(config, width, width, False, "up") if config.resample == "block" else Upsample(width)
+                )
                 self.takes_skip.append(False)
             for j in range(config.blocks + 1):
-                attention = resolutions[i] in config.attention_at and (config.decoder_attention == "every" or j == config.blocks)
+                attention = resolutions[i] in config.attention_at and (
+                    config.decoder_attention == "every" or j == config.blocks
+                )
                 self.decoder.append(Block(config, width + skips.pop(), base * config.multipliers[i], attention))
                 self.takes_skip.append(True)
                 width = base * config.multipliers[i]
-        self.norm_out = group_norm(config, width)
+        self.norm_out = config.norm(width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         initialise(self, config)
 
@@ -265,10 +260,10 @@ class UNet(nn.Module):
         level = config.level_scale * level
         if config.embedding == "fourier":
             angle = level.float()[:, None] * (2 * math.pi * cast(Tensor, self.frequencies))[None, :]
-            pair = (angle.sin(), angle.cos()) if config.embedding_order == "sin_cos" else (angle.cos(), angle.sin())
-            emb = torch.cat(pair, dim=1)
+            emb = paired(angle, config.embedding_order)
         else:
             emb = sinusoidal_embedding(level, config.base_width, config.embedding_order, config.embedding_denominator)
+        emb = emb.to(self.map1.weight.dtype)
         label = label_embedding(self.labels, conditioning)
         described = getattr(conditioning, "augmentation", None)
         if self.augmentation is not None and described is not None:
@@ -285,7 +280,9 @@ def checked_resolutions(config: UNetConfig, size: int) -> list[int]:
     """Pixels a side at each level, full resolution first. Raises ValueError where config and size do not fit."""
     factor = 2 ** (len(config.multipliers) - 1)
     if size < factor or size % factor:
-        raise ValueError(f"image size {size} cannot be halved {len(config.multipliers) - 1} times: use fewer multipliers")
+        raise ValueError(
+            f"image size {size} cannot be halved {len(config.multipliers) - 1} times: use fewer multipliers"
+        )
     resolutions = [size >> i for i in range(len(config.multipliers))]
     unknown = [r for r in config.attention_at if r not in resolutions]
     if unknown:

@@ -16,7 +16,7 @@ from pipeline.data.blocks import Block, BlockRequest, read_block
 from pipeline.data.manifest import Manifest
 from pipeline.data.stream import Stream, StreamConfig
 
-CLOSE_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 5.0  # a cancelled task in a blocking read ends by itself, and nobody owns its block
 
 
 def reader_cpus(config: StreamConfig) -> float:

@@ -21,23 +21,25 @@ from pipeline.serving.requests import (
     GenerationRequest,
     LikelihoodOptions,
     LikelihoodRequest,
+    Refused,
     RequestError,
     ServingConfig,
     decode_base64,
-    error_body,
     parse_body,
     parse_form,
 )
-from pipeline.serving.service import Refused, refused
+from pipeline.serving.service import refused
 
 log = logging.getLogger("raydiffusion.serving")
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 TRACE_ID = re.compile(r"^[A-Za-z0-9_.\-]{1,64}$")
 PAGE = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
-PAGE_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
 
 
 class Backend(Protocol):
@@ -53,8 +55,8 @@ class Backend(Protocol):
 
 
 def make_app(backend: Backend, config: ServingConfig) -> FastAPI:
-    """The application. Its errors, whatever their cause, have the one schema of `error_body`."""
-    app = FastAPI(title="raydiffusion", version="1", docs_url="/docs", redoc_url=None)
+    """The application. Its errors, whatever their cause, have the one schema of `Refused`."""
+    app = FastAPI(title="raydiffusion", version="1", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, config=config)
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(HTTPException, _on_http)
@@ -98,13 +100,11 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         name = host.rsplit(":", 1)[0] if re.search(r":\d+$", host) else host
         if not self.config.key_hashes and name not in LOOPBACK_HOSTS:  # a page that rebinds its name to this machine
-            return Refused(403, error_body(f"host '{name[:64]}' is not served", None, "forbidden", 403))
+            return Refused(f"host '{name[:64]}' is not served", 403, "forbidden")
         if origin is not None and origin.partition("://")[2] != host:
-            return Refused(403, error_body("requests from other sites' pages are refused", None, "forbidden", 403))
+            return Refused("requests from other sites' pages are refused", 403, "forbidden")
         if path.startswith("/v1/") and self.config.key_hashes and not self._has_key(headers.get("authorization", "")):
-            return Refused(
-                401, error_body("a valid key is needed: Authorization: Bearer KEY", None, "invalid_api_key", 401)
-            )
+            return Refused("a valid key is needed: Authorization: Bearer KEY", 401, "invalid_api_key")
         return None
 
     def _has_key(self, authorization: str) -> bool:
@@ -154,7 +154,7 @@ def _needs(request: Request, *allowed: str) -> None:
 
 def _response(no: Refused, trace: str) -> JSONResponse:
     headers = {} if no.retry_after_s is None else {"retry-after": str(max(1, round(no.retry_after_s)))}
-    return JSONResponse({**no.body, "trace_id": trace}, no.status, headers)
+    return JSONResponse({**no.body(), "trace_id": trace}, no.status, headers)
 
 
 async def _on_refused(request: Request, error: Exception) -> Response:
@@ -166,9 +166,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
         raise error
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    response = _response(
-        Refused(error.status_code, error_body(message, None, code, error.status_code)), request.state.trace_id
-    )
+    response = _response(Refused(message, error.status_code, code), request.state.trace_id)
     response.headers.update(error.headers or {})
     return response
 
@@ -194,12 +192,7 @@ def _add_page(app: FastAPI) -> None:
 
     def route(name: str) -> Callable[[], Awaitable[Response]]:
         async def page() -> Response:
-            headers = {
-                "content-security-policy": PAGE_POLICY,
-                "x-content-type-options": "nosniff",
-                "cache-control": "no-cache",
-            }
-            return Response(contents[name], media_type=f"{PAGE[name]}; charset=utf-8", headers=headers)
+            return Response(contents[name], media_type=f"{PAGE[name]}; charset=utf-8", headers=PAGE_HEADERS)
 
         return page
 
@@ -302,7 +295,7 @@ async def _sent_events(
         no = refused(error)
         if no.status >= 500:
             log.exception("trace %s: a stream failed", trace)
-        yield _sent_event({"type": "error", **no.body}, trace)
+        yield _sent_event({"type": "error", **no.body()}, trace)
     finally:
         if (close := getattr(rest, "aclose", None)) is not None:
             await close()

@@ -29,6 +29,7 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 10.0  # without a single byte
 MISSING_ATTEMPTS = 3  # a 404 for an object that should exist is tried again: stores answer so while they settle
 ONE_PUT_BYTES = 5 << 30
+LIST_PAGE = 1000
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*):")
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
@@ -239,7 +240,7 @@ def list_files(url: str) -> Iterator[Entry]:
     prefix = f"{location.path}/" if location.path else ""
     token: str | None = None
     while True:
-        where: dict[str, Any] = {"Bucket": location.bucket, "Prefix": prefix}
+        where: dict[str, Any] = {"Bucket": location.bucket, "Prefix": prefix, "MaxKeys": LIST_PAGE}
         if token is not None:
             where["ContinuationToken"] = token
         page = _retried(url, lambda where=where: _client().list_objects_v2(**where))
@@ -347,10 +348,10 @@ def _client() -> Any:
 
 @lru_cache(maxsize=4)
 def _client_of(pid: int, endpoint: str | None) -> Any:
-    import boto3
+    from boto3.session import Session
     from botocore.config import Config
 
-    return boto3.session.Session().client(
+    return Session().client(
         "s3",
         region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
         config=Config(

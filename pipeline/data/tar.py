@@ -104,13 +104,11 @@ def _member(shard: str, data: bytes | memoryview, at: int) -> tuple[bytes, int]:
     """Name and size of the regular ustar member whose header is at byte `at`."""
     head = bytes(data[at : at + BLOCK])
     if len(head) < BLOCK or head[257:265] != b"ustar\x0000" or head[156:157] != b"0" or head[345] != 0:
-        kind = (
-            "the end of the file"
-            if len(head) < BLOCK
-            else "the end mark"
-            if not any(head)
-            else f"a member of type {head[156:157]!r}, format {head[257:265]!r}"
-        )
+        kind = f"a member of type {head[156:157]!r}, format {head[257:265]!r}"
+        if len(head) < BLOCK:
+            kind = "the end of the file"
+        elif not any(head):
+            kind = "the end mark"
         raise DamagedShard(shard, at, "the header of a regular ustar member", kind)
     try:
         size = int(head[124:135], 8)

@@ -359,15 +359,14 @@ def ddim_bound(
     setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
     levels = _check_gammas(gammas, process, steps)
     if not (0 < eta < math.inf):
-        raise ValueError(
-            f"likelihood ddim_bound: eta must be positive, got {eta:g}: without noise the bound is infinite"
-        )
+        raise ValueError(f"likelihood ddim_bound: eta must be positive, got {eta:g}: without noise it is infinite")
     excess = eta**2 * -torch.expm1(-levels.diff()) > 1
     if bool(excess.any()):
         step = int(excess.nonzero()[0, 0]) + 1
         raise ValueError(
             f"likelihood ddim_bound: eta {eta:g} asks at step {step} (gamma {float(levels[step]):.4f} to "
-            f"{float(levels[step - 1]):.4f}) for more variance than the level it goes to has: use a smaller eta or more steps"
+            f"{float(levels[step - 1]):.4f}) for more variance than the level it goes to has: use a smaller eta or more "
+            f"steps"
         )
     measure = _ddim_measure(eta)
     return (yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, "posterior"))

@@ -34,7 +34,7 @@ def row_sum(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PixelGrid:
-    """Where the grey levels lie in model space: level u at first + bin * u, u in 0..levels-1. A bin holds the density's volume."""
+    """Where the grey levels lie in model space: level u at first + bin u, u in 0..levels-1; a level's volume is bin."""
 
     levels: int = 256
     first: float = -255 / 256
@@ -60,23 +60,30 @@ class PixelGrid:
         bad = ~((position - index).abs() <= 1e-3) | (index < 0) | (index >= self.levels)
         if bool(bad.any()):
             last = self.first + self.bin * (self.levels - 1)
+            image = int(bad.flatten(1).any(1).nonzero()[0, 0])
+            last = self.first + self.bin * (self.levels - 1)
             raise ValueError(
-                f"image {int(bad.flatten(1).any(1).nonzero()[0, 0])} of the batch has the value {float(x[bad][0]):.6g}, which is not one of the "
-                f"{self.levels} grey levels {self.first:.6g}, {self.first + self.bin:.6g}, ..., {last:.6g} of model space: a likelihood is that "
-                f"of an 8-bit image; convert it with pipeline.data.images and add no noise to it"
+                f"image {image} of the batch has the value {float(x[bad][0]):.6g}, which is not one of the {self.levels} "
+                f"grey levels {self.first:.6g}, {self.first + self.bin:.6g}, ..., {last:.6g} of model space: a likelihood "
+                f"is that of an 8-bit image; convert it with pipeline.data.images and add no noise to it"
             )
         return index.long()
 
 
-def log_softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> Tensor:
-    """log p(u | y) elementwise: a softmax over all levels v of -((y - v) / s)^2 / 2 (Kingma et al. 2021, section 3.2)."""
+def softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> tuple[Tensor, Tensor]:
+    """Elementwise log p(u | y) and the mean of the levels under it: a softmax over all levels v of -((y - v) / s)^2 / 2.
+
+    (Kingma et al. 2021, section 3.2.)
+    """
     nearest = ((y - pixels.first) / pixels.bin).round().clamp(0, pixels.levels - 1)
     reach = min(pixels.levels - 1, math.ceil(9 * s / pixels.bin) + 1)  # levels further off weigh less than e^-40
     level = nearest[..., None] + torch.arange(-reach, reach + 1, dtype=y.dtype, device=y.device)
-    logits = -0.5 * ((y[..., None] - (pixels.first + pixels.bin * level)) / s) ** 2
+    value = pixels.first + pixels.bin * level
+    logits = -0.5 * ((y[..., None] - value) / s) ** 2
     logits = logits.masked_fill((level < 0) | (level >= pixels.levels), -math.inf)
     own = -0.5 * ((y - (pixels.first + pixels.bin * index)) / s) ** 2
-    return own - torch.logsumexp(logits, -1)
+    total = torch.logsumexp(logits, -1)
+    return own - total, (torch.exp(logits - total[..., None]) * value).sum(-1)
 
 
 def _log_cdf(value: Tensor) -> Tensor:
@@ -85,9 +92,9 @@ def _log_cdf(value: Tensor) -> Tensor:
 
 
 def log_bin_probability(mean: Tensor, std: float | Tensor, index: Tensor, pixels: PixelGrid) -> Tensor:
-    """log of the mass of N(mean, std^2) in each pixel's bin, elementwise, by the exact CDF; the end bins reach to infinity.
+    """log of the mass of N(mean, std^2) in each pixel's bin, elementwise, by the exact CDF (Ho et al. 2020, eq. 13).
 
-    (Ho et al. 2020, eq. 13.)
+    The end bins reach to infinity.
     """
     centre = pixels.first + pixels.bin * index - mean
     upper = torch.where(index == pixels.levels - 1, math.inf, (centre + pixels.bin / 2) / std)
@@ -101,16 +108,16 @@ def log_bin_probability(mean: Tensor, std: float | Tensor, index: Tensor, pixels
 
 @lru_cache(maxsize=8)
 def _expected_softmax(pixels: PixelGrid, s: float) -> Tensor:
-    """float64 (levels,): E[-log p(u | x_u + s eps)] by the trapezoid rule, exact to 1e-10 as the integrand is smooth and vanishes."""
+    """float64 (levels,): E[-log p(u | x_u + s eps)] by the trapezoid rule, the integrand being smooth and vanishing."""
     eps = torch.linspace(-9, 9, 361, dtype=torch.float64)
     weight = torch.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) * (eps[1] - eps[0])
     index = torch.arange(pixels.levels)
     y = pixels.first + pixels.bin * index[:, None] + s * eps
-    return -(log_softmax_level(y, s, index[:, None].expand_as(y), pixels) * weight).sum(1)
+    return -(softmax_level(y, s, index[:, None].expand_as(y), pixels)[0] * weight).sum(1)
 
 
 def expected_softmax(s: float, index: Tensor, pixels: PixelGrid) -> Tensor:
-    """(n,) nats: E over y_0 = x + s eps of -log p(u | y_0), the softmax decoder's reconstruction term, without sampling."""
+    """(n,) nats: E over y_0 = x + s eps of -log p(u | y_0), the softmax decoder's term, without sampling."""
     return row_sum(_expected_softmax(pixels, s).to(index.device)[index])
 
 
@@ -158,7 +165,7 @@ class DecoderTask:
 def softmax_decoder(task: DecoderTask) -> Procedure[Tensor]:
     """VDM's decoder: asks nothing of the network."""
     yield from ()
-    return row_sum(log_softmax_level(task.y, math.exp(task.gamma / 2), task.index, task.pixels))
+    return row_sum(softmax_level(task.y, math.exp(task.gamma / 2), task.index, task.pixels)[0])
 
 
 def gaussian_decoder(task: DecoderTask) -> Procedure[Tensor]:

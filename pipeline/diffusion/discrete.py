@@ -22,13 +22,20 @@ import torch
 from torch import Tensor
 
 from pipeline.choose import choose
-from pipeline.diffusion.bound import BIT, prior_nats
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.decoders import PixelGrid, expected_softmax, log_bin_probability
+from pipeline.diffusion.decoders import (
+    DECODERS,
+    VARIANCES,
+    PixelGrid,
+    expected_softmax,
+    log_bin_probability,
+    mix_log_variance,
+)
 from pipeline.diffusion.denoiser import Denoiser, shaped
 from pipeline.diffusion.loss import Loss, Nodes, Regression, check_trains, draw_noise, draw_uniform, regress, table_of
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.schedule import SCALINGS, step_variance
+from pipeline.diffusion.variational import BIT, prior_nats
 
 # --- the coefficients of each step --------------------------------------------------------------------------------
 
@@ -49,10 +56,8 @@ def steps_of(table: Tensor, scaling: str, eta: float = 1.0) -> Steps:
     """The coefficients of a table's steps.
 
     Raises:
-        ValueError: eta <= 0 (no bound), or so large that the posterior does not exist, naming the step.
+        ValueError: eta so large that the posterior does not exist, naming the step.
     """
-    if not eta > 0:
-        raise ValueError(f"objective.eta must be positive, got {eta:g}: without noise DDIM has no bound")
     gamma_t, gamma_s = table[1:], table[:-1]
     r, q = torch.exp(gamma_s - gamma_t), -torch.expm1(gamma_s - gamma_t)
     kept = 1 - eta**2 * q
@@ -68,15 +73,15 @@ def steps_of(table: Tensor, scaling: str, eta: float = 1.0) -> Steps:
     return Steps(torch.cat([weight[:1], weight]), torch.cat([log_ratio[:1], log_ratio]))
 
 
-def decoder_log_variance(table: Tensor, scaling: str) -> tuple[float, float]:
-    """(log beta_1, log beta-tilde_2) in model space, where alpha is 1: the decoder's range of variances, index 0.
+def decoder_log_variances(table: Tensor, scaling: str) -> tuple[float, float]:
+    """(log beta-tilde_2, log beta_1) in model space, where alpha is 1: the decoder's range of variances, index 0.
 
     beta-tilde at index 0 is zero; as in IDDPM the next one stands for it.
     """
     alpha = SCALINGS[scaling](table[0])
     high = table[0] + 2 * torch.log(alpha)
     low = high + torch.log(-torch.expm1(table[0] - table[1]))
-    return float(high), float(low)
+    return float(low), float(high)
 
 
 # --- one term of the bound -----------------------------------------------------------------------------------------
@@ -87,38 +92,17 @@ def _kl(regression: Regression, steps: Steps, index: Tensor, variance: str, *, s
     weight, log_ratio = (values.to(index.device)[index] for values in (steps.weight, steps.log_ratio))
     if variance == "posterior":
         return 0.5 * weight * regression.error
-    if variance == "beta":
-        return 0.5 * (log_ratio + torch.expm1(-log_ratio) + weight * torch.exp(-log_ratio) * regression.error)
-    residual, head = regression.residual, regression.variance
-    if head is None:
-        raise ValueError("variance 'learned' needs a network with learned_variance: true; use 'posterior' or 'beta'")
+    residual = regression.residual.double()
     square = (residual.detach() if stop_mean else residual).square()
-    log_v = (head.to(residual.dtype) + 1) / 2 * shaped(log_ratio, residual)  # above log beta-tilde
-    nats = 0.5 * (log_v + torch.expm1(-log_v) + shaped(weight, residual) * square * torch.exp(-log_v))
-    return nats.flatten(1).mean(1).double()
-
-
-def _gaussian_decoder(
-    regression: Regression, x: Tensor, rows: Tensor, table: Tensor, scaling: str, pixels: PixelGrid, *, stop_mean: bool
-) -> Tensor:
-    """-log of the mass of N(x_hat, variance) in each pixel's bin, for `rows` at index 0: mean over dimensions, nats."""
-    high, low = decoder_log_variance(table, scaling)
-    residual = regression.residual[rows].double()
-    mean = x[rows].double() - math.exp(float(table[0]) / 2) * (residual.detach() if stop_mean else residual)
-    if regression.variance is None:
-        log_variance = torch.full_like(mean, high)
-    else:
-        log_variance = low + (regression.variance[rows].double() + 1) / 2 * (high - low)
-    log_p = log_bin_probability(mean, torch.exp(log_variance / 2), pixels.index(x[rows]), pixels)
-    return -log_p.flatten(1).mean(1)
-
-
-VARIANCES = ("posterior", "beta", "learned")
+    high = shaped(log_ratio, square)
+    log_v = mix_log_variance(variance, torch.zeros_like(high), high, regression.variance)  # above log beta-tilde
+    nats = 0.5 * (log_v + torch.expm1(-log_v) + shaped(weight, square) * square * torch.exp(-log_v))
+    return nats.flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """How the terms of the bound are formed; see `DiscreteVLB` for the fields."""
+    """How the terms of the bound are formed; see `DiscreteVLB` for the fields. stop_mean: no gradient through x_hat."""
 
     variance: str = "posterior"
     eta: float = 1.0
@@ -127,10 +111,12 @@ class Terms:
     stop_mean: bool = False
 
     def __post_init__(self) -> None:
-        choose(dict.fromkeys(VARIANCES), self.variance, "objective.variance")
-        choose(dict.fromkeys(("gaussian", "softmax")), self.decoder, "objective.decoder")
+        choose(VARIANCES, self.variance, "objective.variance")
+        choose(DECODERS, self.decoder, "objective.decoder")
         if self.variance != "posterior" and self.eta != 1:
             raise ValueError(f"objective.eta {self.eta:g} goes with variance 'posterior' alone, got '{self.variance}'")
+        if not self.eta > 0:
+            raise ValueError(f"objective.eta must be positive, got {self.eta:g}: without noise DDIM has no bound")
 
     def bits(self, denoiser: Denoiser, x: Tensor, index: Tensor, regression: Regression) -> Tensor:
         """The term of each row's step index (b,), on the CPU: bits/dim, (b,) float64 with gradient."""
@@ -142,13 +128,21 @@ class Terms:
         nats = _kl(regression, steps, index, self.variance, stop_mean=self.stop_mean) * (index > 0)
         if len(at_decoder):
             rows = at_decoder.to(x.device)
-            if self.decoder == "softmax":
-                s = math.exp(float(table[0]) / 2)
-                value = expected_softmax(s, self.pixels.index(x[rows]), self.pixels) / x[0].numel()
-            else:
-                value = _gaussian_decoder(regression, x, rows, table, scaling, self.pixels, stop_mean=self.stop_mean)
-            nats = nats.index_add(0, rows, value)
+            nats = nats.index_add(0, rows, self._decoder_nats(regression, x, rows, table, scaling))
         return nats / BIT
+
+    def _decoder_nats(self, regression: Regression, x: Tensor, rows: Tensor, table: Tensor, scaling: str) -> Tensor:
+        """-log p(u | y_0) of `rows`, mean over dimensions."""
+        index = self.pixels.index(x[rows])
+        s = math.exp(float(table[0]) / 2)
+        if self.decoder == "softmax":
+            return expected_softmax(s, index, self.pixels) / x[0].numel()
+        residual = regression.residual[rows].double()
+        mean = x[rows].double() - s * (residual.detach() if self.stop_mean else residual)
+        low, high = (torch.full_like(mean, value) for value in decoder_log_variances(table, scaling))
+        head = None if regression.variance is None else regression.variance[rows]
+        std = torch.exp(mix_log_variance(self.variance, low, high, head) / 2)
+        return -log_bin_probability(mean, std, index, self.pixels).flatten(1).mean(1)
 
 
 # --- importance sampling of steps, by what their losses were ------------------------------------------------
@@ -212,7 +206,7 @@ class DiscreteVLB:
         "posterior"
     )
     eta: Annotated[float, "variance posterior: DDIM's eta; 1 is DDPM"] = 1.0
-    decoder: Annotated[str, "the last term: gaussian (N(x_hat, beta_1) in each bin) or softmax"] = "gaussian"
+    decoder: Annotated[str, "the last term: gaussian (N(x_hat, variance) over each bin) or softmax"] = "gaussian"
     importance: Annotated[bool, "draw steps in proportion to the size of their losses"] = False
     uniform: Annotated[float, "importance: share of steps drawn uniformly, 0 to 1"] = 0.001
     stratified: Annotated[bool, "spread the steps of the global batch evenly over their law (less variance)"] = True
@@ -220,11 +214,9 @@ class DiscreteVLB:
     memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._terms()
+        self._terms()  # checks them
         if not 0 < self.uniform <= 1:
             raise ValueError(f"objective.uniform must be above 0 and at most 1, got {self.uniform:g}")
-        if not self.eta > 0:
-            raise ValueError(f"objective.eta must be positive, got {self.eta:g}: without noise DDIM has no bound")
 
     def _terms(self) -> Terms:
         return Terms(self.variance, self.eta, self.decoder, self.pixels)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.decoders import row_sum
 from pipeline.diffusion.denoiser import shaped
 from pipeline.diffusion.guidance import Clip, clipped
 from pipeline.diffusion.moves import (
@@ -85,7 +86,7 @@ def predictor_corrector(
 
 def _norm(image: Tensor) -> Tensor:
     """(n,): each image's length."""
-    return image.flatten(1).square().sum(1).sqrt()
+    return row_sum(image.square()).sqrt()
 
 
 def _predict_correct(

@@ -1,7 +1,7 @@
 """Likelihood estimators: the negative log-likelihood of 8-bit images, in nats an image, with parts and standard errors.
 
-Each is a generator of queries; it is told nothing of the network but the answers. The variational bounds are in bounds.py, the
-solver of the ODE in ode.py, pixels and decoders in decoders.py. All sums are float64.
+Each is a generator of queries; it is told nothing of the network but the answers. The variational bounds are in
+bounds.py, the solver of the ODE in ode.py, pixels and decoders in decoders.py. All sums are float64.
 """
 
 import math
@@ -14,7 +14,7 @@ from pipeline.choose import choose
 from pipeline.diffusion import ode as flow
 from pipeline.diffusion.bounds import ddim_bound, upper_log_variance, vlb, vlb_discrete
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.decoders import DECODERS, DecoderTask, PixelGrid, row_sum
+from pipeline.diffusion.decoders import DECODERS, DecoderTask, PixelGrid, row_sum, softmax_level
 from pipeline.diffusion.denoiser import Process
 from pipeline.diffusion.estimate import Likelihood, check_input, repeat_rows, sum_parts
 from pipeline.diffusion.procedure import Procedure
@@ -35,11 +35,14 @@ def _probes(x: Tensor, noise: Noise, samples: int, probes: int, trace: str) -> f
         raise ValueError(f"likelihood ode: trace must be 'hutchinson' or 'exact', got '{trace}'")
     if dimensions > EXACT_TRACE_LIMIT:
         raise ValueError(
-            f"likelihood ode: the exact trace takes one vector-Jacobian product a dimension; the images have {dimensions}, the limit is "
-            f"{EXACT_TRACE_LIMIT}: use trace 'hutchinson'"
+            f"likelihood ode: the exact trace takes one vector-Jacobian product a dimension; the images have {dimensions}, "
+            f"the limit is {EXACT_TRACE_LIMIT}: use trace 'hutchinson'"
         )
     unit = torch.eye(dimensions, dtype=torch.float64, device=x.device).view(1, dimensions, *shape)
     return flow.Probes(unit.expand(n * samples, *unit.shape[1:]), exact=True)
+
+
+# --- dequantisation: a point y_0 near x, and its density ------------------------------------------------------------
 
 
 def _lift_gaussian(x: Tensor, samples: int, noise: Noise, process: Process, pixels: PixelGrid) -> tuple[Tensor, Tensor]:
@@ -63,35 +66,37 @@ DEQUANTISATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def _combine(
-    parts: dict[str, Tensor], end: flow.Flow, evaluations: Tensor, n: int, importance: bool, dimensions: int
-) -> Likelihood:
-    """From the rows of each solve to one value an image: the mean, or with `importance` -log of the mean probability."""
-    table = {name: value.view(n, -1) for name, value in parts.items()}
-    nats = sum_parts(table)
-    samples = nats.shape[1]
-    weights = torch.softmax(-nats, 1) if importance else torch.full_like(nats, 1 / samples)
-    probes = row_sum(weights**2 * end.probe_variance.view(n, -1))
-    means = {name: row_sum(value) / samples for name, value in table.items()}
-    if importance:
-        value = math.log(samples) - torch.logsumexp(-nats, 1)
-        means["importance"] = value - sum_parts(means)
-        spread = (
-            row_sum((weights * samples - 1) ** 2) / samples / (samples - 1)
-            if samples > 1
-            else torch.full_like(value, math.nan)
-        )
-    else:
-        spread = nats.var(1) / samples if samples > 1 else torch.full_like(probes, math.nan)
-    dequantisation = (spread - probes).clamp(min=0)  # the scatter of the solves contains that of their probes
-    return Likelihood(
-        sum_parts(means),
-        means,
-        {"dequantisation": dequantisation.sqrt(), "probes": probes.sqrt()},
-        row_sum(evaluations.view(n, -1)),
-        dimensions,
-        solver_error=row_sum(weights * end.error.view(n, -1)),
-    )
+def _spread(gradient: Tensor, n: int, linear: float, quadratic: float) -> Tensor:
+    """(n,) variance of the mean over an image's draws of log p, from its gradients there (n samples, ...).
+
+    Of a log p that is a line or a parabola in the draw it is linear |E g|^2 + quadratic (E|g|^2 - |E g|^2); of a rougher
+    one it is at most that for a Gaussian (its Hermite expansion). |E g|^2 is estimated by the products of different
+    draws; with one draw it is taken to be E|g|^2.
+    """
+    gradients = gradient.view(n, -1, gradient[0].numel())
+    samples = gradients.shape[1]
+    power = row_sum(gradients**2) / samples
+    mean = power
+    if samples > 1:
+        products = row_sum(gradients.sum(1) ** 2) - row_sum(gradients**2)
+        mean = torch.minimum((products / (samples * (samples - 1))).clamp(min=0), power)
+    return (linear * mean + quadratic * (power - mean)) / samples
+
+
+def _dequantisation_variance(
+    nats: Tensor, y: Tensor, x_hat: Tensor, index: Tensor, gamma: float, names: tuple[str, str], pixels: PixelGrid
+) -> Tensor:
+    """(n,) variance of the mean over draws (n, samples), of which y, x_hat and index have the rows."""
+    n, samples = nats.shape
+    dequantisation, decoder = names
+    s = math.exp(gamma / 2)
+    if dequantisation == "uniform":
+        return _spread((x_hat - y) / s**2, n, pixels.bin**2 / 12, pixels.bin**2 / 60)
+    if decoder == "softmax":
+        return _spread((x_hat - softmax_level(y, s, index, pixels)[1]) / s, n, 1, 0.5)
+    if samples == 1:
+        return torch.full_like(nats[:, 0], math.nan)
+    return nats.var(1) / samples
 
 
 def ode(
@@ -114,17 +119,21 @@ def ode(
 ) -> Procedure[Likelihood]:
     """The likelihood of the probability-flow ODE by the change of variables (Song et al. 2021, section 4.3).
 
-    The ODE gives a density at gamma_min. dequantisation says how it scores a grey level:
-        'gaussian': log P(u) >= E_{y_0 ~ q(y_0 | x)}[ log p(y_0) + log p(u | y_0) - log q(y_0 | x) ], with `decoder`; the one to use for
-            a network that has learnt the pixel lattice;
+    The ODE gives a density at gamma_min; `dequantisation` says how that scores grey levels u:
+        'gaussian': log P(u) >= E_{y_0 ~ q(y_0 | x)}[ log p(y_0) + log p(u | y_0) - log q(y_0 | x) ], with `decoder`;
+            the one to use for a network that has learnt the pixel lattice;
         'uniform': log P(u) >= E[ log p(x + bin (U - 1/2)) ] + D log bin.
-    samples: draws of either, each a solve; importance: log of the mean weight instead of the mean log (Burda et al. 2016), tighter.
-    probes: Rademacher vectors of the trace estimate, fixed through a solve; trace 'exact' takes D unit vectors instead.
-    tolerance, solver, data_std, max_evaluations: see `pipeline.diffusion.ode.solve`.
+    Parts: 'prior', 'volume', 'dequantisation', with 'gaussian' 'reconstruction', with `importance` 'importance'.
+    Standard errors: 'dequantisation' (of one Gaussian draw at most that; nan for one draw and decoder 'gaussian') and
+    'probes' (of one probe at most that), both from gradients and products that the solve has anyway.
+
+    samples: draws of y_0, each a solve. importance: log of the mean weight instead of the mean log, a tighter bound
+    (Burda et al. 2016). probes: Rademacher vectors of the trace estimate, fixed through a solve; trace 'exact' takes D
+    unit vectors. tolerance, solver, data_std, max_evaluations: see `pipeline.diffusion.ode.solve`.
 
     Raises:
-        ValueError: pixels off the grid, a count below 1, the exact trace in too many dimensions, no finite number from the network,
-            `max_evaluations` used up.
+        ValueError: pixels off the grid, a count below 1, the exact trace in too many dimensions, no finite number from
+            the network, `max_evaluations` used up.
     """
     check_input(x, noise, probes=probes, samples=samples, max_evaluations=max_evaluations)
     if not 0 < tolerance < 1:
@@ -157,7 +166,26 @@ def ode(
         task = DecoderTask(y, process.gamma_min, index[rows], conditioning[rows], pixels, (log_beta, log_beta), "beta")
         parts["reconstruction"] = -(yield from decode(task))
         evaluations = evaluations + int(decoder != "softmax")
-    return _combine(parts, end, evaluations, n, importance, dimensions)
+    nats = sum_parts(parts).view(n, samples)
+    weights = torch.softmax(-nats, 1) if importance else torch.full_like(nats, 1 / samples)
+    means = {name: row_sum(value.view(n, samples)) / samples for name, value in parts.items()}
+    names = dequantisation, decoder
+    variance = _dequantisation_variance(nats, y, end.x_hat, index[rows], process.gamma_min, names, pixels)
+    if importance:
+        means["importance"] = math.log(samples) - torch.logsumexp(-nats, 1) - sum_parts(means)
+        if samples > 1:  # of the log of a mean, to first order
+            variance = row_sum((weights * samples - 1) ** 2) / (samples * (samples - 1))
+    return Likelihood(
+        sum_parts(means),
+        means,
+        {
+            "dequantisation": variance.sqrt(),
+            "probes": row_sum(weights**2 * end.probe_variance.view(n, samples)).sqrt(),
+        },
+        row_sum(evaluations.view(n, samples)),
+        dimensions,
+        solver_error=row_sum(weights * end.error.view(n, samples)),
+    )
 
 
 Estimator = Callable[..., Procedure[Likelihood]]

@@ -211,7 +211,9 @@ def _v_weight(level: Level) -> Tensor:
 def _elbo_weight(level: Level) -> Tensor:
     """1 / (2 density of gamma): nats of the continuous bound whatever the density (Kingma et al. 2021, eq. 18)."""
     if isinstance(level.quantile, Nodes):
-        raise ValueError("weight 'elbo' needs a continuous density; for a table's true weights use objective discrete_vlb")
+        raise ValueError(
+            "weight 'elbo' needs a continuous density; for a table's true weights use objective discrete_vlb"
+        )
     return 0.5 * derivative(level.quantile.gamma, level.u)
 
 

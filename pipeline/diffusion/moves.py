@@ -119,14 +119,16 @@ def ddim_moves(grid: Sequence[float], eta: float | Sequence[float] = 0.0) -> lis
     moves: list[Move] = []
     for step, ((g_t, g_s), variance) in enumerate(zip(pairwise(grid), posterior_variances(grid), strict=True)):
         check_nonnegative(**{f"eta at step {step}": etas[step]})
+        if etas[step] == 0:
+            moves.append(Move(-math.expm1((g_s - g_t) / 2), 0.0))  # any direction: `encode` walks up
+            continue
         kept = math.exp(g_s) - etas[step] ** 2 * variance
         if kept < 0:
             raise ValueError(
                 f"eta {etas[step]:g} is too large at step {step} (gamma {g_t:.4f} to {g_s:.4f}): it would add more "
                 f"noise than that level has; at most {math.sqrt(math.exp(g_s) / variance):.6g} there"
             )
-        weight = 1 - math.sqrt(kept * math.exp(-g_t)) if etas[step] else -math.expm1((g_s - g_t) / 2)
-        moves.append(Move(weight, etas[step] * math.sqrt(variance)))
+        moves.append(Move(1 - math.sqrt(kept * math.exp(-g_t)), etas[step] * math.sqrt(variance)))
     return moves
 
 

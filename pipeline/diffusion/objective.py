@@ -6,7 +6,6 @@ from typing import Annotated
 from torch import Tensor
 
 from pipeline.choose import choose
-from pipeline.diffusion.bound import VLB
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.discrete import DiscreteVLB, Hybrid
@@ -25,6 +24,7 @@ from pipeline.diffusion.loss import (
 )
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.score_matching import DenoisingScoreMatching, ImplicitScoreMatching
+from pipeline.diffusion.variational import VLB
 
 __all__ = [
     "OBJECTIVES",

@@ -1,7 +1,7 @@
 """The probability-flow ODE with the change of log density, each image stepped on its own.
 
-Solved in tau = log s = gamma / 2 for the normalised state w = y / sqrt(s^2 + sigma_data^2), in which the ODE of Gaussian data of that
-deviation stands still, so that steps are spent on what the network has learnt beyond it:
+Solved in tau = log s = gamma / 2 for the normalised state w = y / sqrt(s^2 + sigma_data^2), in which the ODE of Gaussian
+data of that deviation stands still, so that steps are spent on what the network has learnt beyond it:
 
     dw/dtau = (sigma_data^2 / (s^2 + sigma_data^2) y - x_hat) / sqrt(s^2 + sigma_data^2)
 """
@@ -24,7 +24,8 @@ from pipeline.diffusion.procedure import Answer, Procedure, Query
 class Pair:
     """An embedded Runge-Kutta pair whose last stage is the next step's first (FSAL).
 
-    stages: rows of the tableau, stage i at fraction nodes[i]; the last row is the solution; error: solution minus embedded one.
+    stages: rows of the tableau, stage i at fraction nodes[i]; the last row is the solution.
+    error: the solution's weights minus the embedded one's.
     """
 
     nodes: tuple[float, ...]
@@ -60,12 +61,14 @@ PAIRS: dict[str, Pair] = {"dopri5": DORMAND_PRINCE, "bosh3": BOGACKI_SHAMPINE}
 class Flow:
     """The end of a solve, float64.
 
-    y: (n, ...) at gamma_max; log_volume: (n,) log |d y_end / d y_start| = log p(y_start) - log p(y_end), mean over the probes;
+    y: (n, ...) at gamma_max; x_hat: (n, ...) the network's answer at the start.
+    log_volume: (n,) log |d y_end / d y_start| = log p(y_start) - log p(y_end), mean over the probes.
     probe_variance: (n,) its estimated variance from the choice of probes (0 for the exact trace);
     evaluations: (n,); error: (n,) sum of the estimated errors of each step in log p, nats.
     """
 
     y: Tensor
+    x_hat: Tensor
     log_volume: Tensor
     probe_variance: Tensor
     evaluations: Tensor
@@ -129,8 +132,9 @@ class Probes:
     def variance(self, swept: Tensor) -> Tensor:
         """(n,) estimated variance of the mean of k traces e^T A e, from A^T e (n, k, ...).
 
-        Of one Rademacher probe it is 2 (|A|^2 - sum of A_ii^2) for symmetric A. |A^T e|^2 estimates the first part; two probes estimate the
-        second, (e A^T e)_i (f A^T f)_i; from one alone it is bounded by trace^2 / D, so that the variance is estimated too large.
+        Of one Rademacher probe it is 2 (|A|^2 - sum of A_ii^2) for symmetric A. |A^T e|^2 estimates the first part; two
+        probes estimate the second, by (e A^T e)_i (f A^T f)_i; from one alone it is taken to be trace^2 / D, which is at
+        most that, so that the variance is not underestimated.
         """
         n, k = swept.shape[:2]
         if self.exact:
@@ -161,6 +165,11 @@ class _Path:
     def keep(self, index: Tensor) -> None:
         self.probes = Probes(self.probes.vectors[index], self.probes.exact)
         self.conditioning = self.conditioning[index]
+
+    def x_hat(self, tau: Tensor, w: Tensor, slope_w: Tensor) -> Tensor:
+        """What the network answered where dw/dtau is slope_w."""
+        norm = self.norm(tau)
+        return shaped(self.data_std**2 / norm, w) * w - shaped(norm, w) * slope_w
 
     def slope(self, tau: Tensor, w: Tensor) -> Generator[Query, Answer, _Slope]:
         norm = self.norm(tau)
@@ -232,8 +241,9 @@ def _check(state: _State, rms: Tensor, max_evaluations: int, tolerance: float) -
     if bool((state.evaluations >= max_evaluations).any()):
         index = int(state.evaluations.argmax())
         raise ValueError(
-            f"ode: image {int(state.row[index])} of the batch is at gamma {2 * float(state.tau[index]):.4f} after {max_evaluations} evaluations "
-            f"(step {2 * float(state.h[index]):.2g} in gamma): raise max_evaluations, or a tolerance above {tolerance:g}"
+            f"ode: image {int(state.row[index])} of the batch is at gamma {2 * float(state.tau[index]):.4f} after "
+            f"{max_evaluations} evaluations (step {2 * float(state.h[index]):.2g} in gamma): raise max_evaluations, or "
+            f"take a tolerance above {tolerance:g}"
         )
 
 
@@ -251,8 +261,8 @@ def solve(
 ) -> Procedure[Flow]:
     """From y (n, ...) at gamma = ends[0] up to ends[1], with the log volume of the map.
 
-    Every row has its own steps and leaves when it has arrived. A step is accepted where its error, by the embedded pair, is at most
-    `tolerance` both in y (root mean square over pixels, in units of s) and in log p (nats a dimension).
+    Every row has its own steps and leaves when it has arrived. A step is accepted where its error, by the embedded pair,
+    is at most `tolerance` both in y (root mean square over pixels, in units of s) and in log p (nats a dimension).
 
     first_step: the first step tried, in log s.
 
@@ -266,6 +276,7 @@ def solve(
     target = ends[1] / 2
     w = y.double() / shaped(path.norm(tau), y.double())
     slope = yield from path.slope(tau, w)
+    start = path.x_hat(tau, w, slope.w)
     zeros = torch.zeros_like(tau)
     state = _State(
         row=torch.arange(n, device=device),
@@ -307,4 +318,4 @@ def solve(
             path.keep(rest)
     norm_start, norm_end = (math.sqrt(math.exp(gamma) + data_std**2) for gamma in ends)
     log_volume = path.dimensions * math.log(norm_end / norm_start) - volume
-    return Flow(end_w * norm_end, log_volume, variance, evaluations, error)
+    return Flow(end_w * norm_end, start, log_volume, variance, evaluations, error)

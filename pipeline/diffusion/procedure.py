@@ -42,7 +42,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Answer:
-    """x_hat: (n, ...); variance: (n, ...) learned-variance head or None; products: (k, n, ...) where probes are given."""
+    """x_hat: (n, ...); variance: (n, ...) learned-variance head or None; products: (k, n, ...) for probes."""
 
     x_hat: Tensor
     variance: Tensor | None = None

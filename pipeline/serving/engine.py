@@ -485,17 +485,17 @@ class Engine:
         if job.over:
             return
         job.over = True
-        with self._wake:
-            self._queued_cost -= max(job.cost - job.row_evaluations, 0)
-        self._timed.pop(job.number, None)
-        if self._live.pop(job.number, None) is not None:
-            self._live_rows -= job.rows
         procedure, job.procedure, job.query, job.parts = job.procedure, None, None, []
         if procedure is not None:
             try:
                 procedure.close()
             except Exception as error:  # its own fault, and told to nobody else
                 _settle(job.future, error)
+        self._timed.pop(job.number, None)
+        if self._live.pop(job.number, None) is not None:
+            self._live_rows -= job.rows
+        with self._wake:
+            self._queued_cost -= max(job.cost - job.row_evaluations, 0)
 
     def _finish(self, job: _Job, value: Any) -> None:
         now = time.monotonic()

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from pipeline.serving.config import ServingConfig
 from pipeline.serving.requests import GenerationRequest, LikelihoodOptions, OptionValue, RequestError
 
 ADAPTIVE_EVALUATIONS = 128  # a solve's network evaluations an image where nothing bounds them; 104 measured at 1e-3
+PLAIN = (bool, int, float, str, type(None))
+NOT_ASKED = ("process", "pixels", "gammas", "rows")  # options that are not a request's to set
+LONGEST_NAME = 64
 PRODUCT_COST = 2  # a vector-Jacobian product in units of a network evaluation
 
 
@@ -85,7 +88,7 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     for extra in ("eta", "churn"):
         if (value := getattr(request, extra)) is not None:
             options[extra] = value
-    options = _checked_options(options, option_defaults(sampler.procedure), f"sampler '{name}'")
+    options = _checked_options(options, options_of(sampler.procedure), f"sampler '{name}'")
     labels = _labels(request.labels, request.n, model)
     if request.prompt:
         labels = _prompted(request.prompt, labels, request.n, model)
@@ -111,10 +114,12 @@ def plan_likelihood(
     if n > config.max_images:
         raise RequestError(f"at most {config.max_images} images a request, got {n}", "images")
     estimator = procedure_of(_chosen(ESTIMATORS, request.estimator, "estimator"))
-    defaults = option_defaults(estimator)
-    options = _checked_options(request.options, defaults, f"estimator '{request.estimator}'")
+    known = options_of(estimator)
+    options = _checked_options(request.options, known, f"estimator '{request.estimator}'")
     labels = _labels(request.labels, n, model)
-    evaluations = scoring_evaluations({**defaults, **options}, math.prod(model.config.shape))
+    evaluations = scoring_evaluations(
+        {k: default for k, (_, default) in known.items()} | options, math.prod(model.config.shape)
+    )
     _check_cost(n * evaluations, model, config, f"{n} images x {evaluations} network evaluations")
     pixels = torch.stack([_decoded(data, index, request.resize, model, config) for index, data in enumerate(encoded)])
     return LikelihoodPlan(pixels, labels, seed, Scoring(request.estimator, options), n * evaluations)
@@ -141,46 +146,51 @@ def procedure_of(entry: Any) -> Callable[..., Procedure[Any]]:
     return getattr(entry, "procedure", entry)
 
 
-def option_defaults(procedure: Callable[..., Any]) -> dict[str, Any]:
-    """The options of a procedure that a request may set, with their defaults."""
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(procedure).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("process", "pixels")
-    }
+Kinds = tuple[type, ...]
 
 
-def _checked_options(given: Mapping[str, OptionValue], defaults: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Options of the types that their defaults have."""
+def options_of(procedure: Callable[..., Any]) -> dict[str, tuple[Kinds, Any]]:
+    """The options of a procedure that a request may set: the plain types they take, and the default."""
+    found: dict[str, tuple[Kinds, Any]] = {}
+    for name, parameter in inspect.signature(procedure).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_ASKED:
+            kinds = get_args(parameter.annotation) or (parameter.annotation,)
+            found[name] = tuple(kind for kind in kinds if kind in PLAIN), parameter.default
+    return found
+
+
+def _fits(value: OptionValue, kinds: Kinds) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int):
+        return int in kinds or float in kinds
+    return type(value) in kinds and not (isinstance(value, str) and len(value) > LONGEST_NAME)
+
+
+def _checked_options(
+    given: Mapping[str, OptionValue], known: Mapping[str, tuple[Kinds, Any]], kind: str
+) -> dict[str, Any]:
+    """Options that exist, of the types that the procedure declares."""
     checked: dict[str, Any] = {}
     for name, value in given.items():
-        if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean '{near[0]}'?)" if near else ""
-            names = ", ".join(defaults) or "none"
+            names = ", ".join(known) or "none"
             raise RequestError(f"{kind} has no option '{name[:64]}'{hint}; its options: {names}", name[:64])
-        default = defaults[name]
-        if isinstance(default, bool) or isinstance(value, bool):
-            right = isinstance(default, bool) and isinstance(value, bool)
-        elif isinstance(default, int):
-            right = isinstance(value, int)
-        elif isinstance(default, str):
-            right = isinstance(value, str) and len(value) <= 64
-        elif isinstance(default, float):
-            right = isinstance(value, int | float)
-        else:  # None: a number or nothing
-            right = value is None or isinstance(value, int | float)
-        if not right:
-            wanted = "a number or null" if default is None else f"like its default {default!r}"
-            raise RequestError(f"option '{name}' of {kind} must be {wanted}, got {value!r}", name)
-        checked[name] = float(value) if isinstance(default, float) and isinstance(value, int) else value
+        kinds, _ = known[name]
+        if not _fits(value, kinds):
+            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise RequestError(f"option '{name}' of {kind} must be {wanted}, got {str(value)[:64]!r}", name)
+        checked[name] = float(value) if isinstance(value, int) and int not in kinds and bool not in kinds else value
     return checked
 
 
 def scoring_evaluations(options: Mapping[str, Any], dimensions: int) -> int:
     """Expected network evaluations an image of an estimator with these options."""
-    if "levels" in options:
-        return max(1, int(options["levels"])) + max(0, int(options.get("decoder_draws", 0)))
+    for name in ("levels", "terms", "steps"):
+        if isinstance(options.get(name), int):
+            return max(1, options[name]) + max(0, int(options.get("decoder_draws", 0)))
     products = dimensions if options.get("trace") == "exact" else max(1, int(options.get("probes", 1)))
     return ADAPTIVE_EVALUATIONS * (1 + PRODUCT_COST * products) * max(1, int(options.get("samples", 1)))
 

@@ -17,29 +17,43 @@ __all__ = [
     "GenerationRequest",
     "LikelihoodOptions",
     "LikelihoodRequest",
+    "Refused",
     "RequestError",
     "ServingConfig",
     "decode_base64",
-    "error_body",
     "parse_body",
     "parse_form",
 ]
 
 
-class RequestError(ValueError):
-    """A request that is refused: HTTP status, what is wrong, and which field (or None)."""
+class Refused(Exception):
+    """A request that gets no answer, as HTTP says it: status, message, code, and the field that is wrong (or None)."""
+
+    def __init__(
+        self, message: str, status: int, code: str, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, status, code, param, retry_after_s)  # all of them: so it survives pickling
+        self.message, self.status, self.code, self.param = message, status, code, param
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+    def body(self) -> dict[str, Any]:
+        """The one error schema of every endpoint, that of the OpenAI API."""
+        kinds = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
+        kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class RequestError(Refused, ValueError):
+    """A request that its sender can mend."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = "invalid_value") -> None:
-        super().__init__(message)
-        self.param, self.status, self.code = param, status, code
+        super().__init__(message, status, code, param)
 
-
-def error_body(
-    message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
-) -> dict[str, Any]:
-    """The one error schema of every endpoint, that of the OpenAI API."""
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RequestError, (self.message, self.param, self.status, self.code)
 
 
 OptionValue = bool | int | float | str | None | list[float]

@@ -35,7 +35,7 @@ from pipeline.serving.engine import (
 from pipeline.serving.plans import (
     GenerationPlan,
     class_names,
-    option_defaults,
+    options_of,
     plan_generation,
     plan_likelihood,
     procedure_of,
@@ -43,8 +43,8 @@ from pipeline.serving.plans import (
 from pipeline.serving.requests import (
     GenerationRequest,
     LikelihoodOptions,
+    Refused,
     RequestError,
-    error_body,
     parse_body,
 )
 
@@ -73,34 +73,24 @@ class SelfTest:
     seconds: float
 
 
-class Refused(Exception):
-    """A request that got no answer, as HTTP says it; plain values only, so that it can be sent between processes."""
-
-    def __init__(self, status: int, body: dict[str, Any], retry_after_s: float | None = None) -> None:
-        super().__init__(status, body, retry_after_s)
-        self.status, self.body, self.retry_after_s = status, body, retry_after_s
-
-
 def refused(error: Exception) -> Refused:
-    """What a caller is told of an error. A ValueError is the caller's to mend; of our own defects it names only the kind."""
+    """What a caller is told of an error: a ValueError is the caller's to mend, of our own defects it names the kind."""
     match error:
         case Refused():
             return error
-        case RequestError():
-            return Refused(error.status, error_body(str(error), error.param, error.code, error.status))
         case EngineBusy():
-            return Refused(429, error_body(str(error), None, "queue_full", 429), error.retry_after_s)
+            return Refused(str(error), 429, "queue_full", retry_after_s=error.retry_after_s)
         case EngineClosed():
-            return Refused(503, error_body(str(error), None, "not_available", 503), 1.0)
+            return Refused(str(error), 503, "not_available", retry_after_s=1.0)
         case DeadlineExceeded():
-            return Refused(504, error_body(str(error), None, "deadline_exceeded", 504))
+            return Refused(str(error), 504, "deadline_exceeded")
         case NotFinite():
-            return Refused(500, error_body(str(error), None, "not_finite", 500))
+            return Refused(str(error), 500, "not_finite")
         case ValueError():
-            return Refused(400, error_body(str(error), None, "invalid_value", 400))
+            return Refused(str(error), 400, "invalid_value")
         case _:
             message = f"the server failed ({type(error).__name__}); its log has the trace id of this answer"
-            return Refused(500, error_body(message, None, "internal_error", 500))
+            return Refused(message, 500, "internal_error")
 
 
 class Service:
@@ -137,14 +127,8 @@ class Service:
 
     def entry(self) -> dict[str, Any]:
         """The model as `GET /v1/models` lists it."""
-        facts = asdict(self.identity)
-        return {
-            **facts,
-            "aliases": list(self.identity.aliases),
-            "object": "model",
-            "created": self.created,
-            "owned_by": "raydiffusion",
-        }
+        facts = {**asdict(self.identity), "aliases": list(self.identity.aliases)}
+        return {**facts, "object": "model", "created": self.created, "owned_by": "raydiffusion"}
 
     async def describe(self) -> dict[str, Any]:
         """The model as `GET /v1/models/{id}` shows it: its card, and all that a form needs to ask it."""
@@ -372,5 +356,5 @@ def _histogram(scores: list[float]) -> dict[str, Any]:
 
 def _options(entry: Any) -> dict[str, Any]:
     """Options with defaults that JSON can carry."""
-    defaults = option_defaults(procedure_of(entry))
-    return {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in defaults.items()}
+    known = options_of(procedure_of(entry))
+    return {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, (_, v) in known.items()}

@@ -4,7 +4,7 @@
     STORE/step-000000200/ema.safetensors         their exponential moving average
     STORE/step-000000200/optimizer.safetensors   AdamW's means and squares
     STORE/step-000000200/state.json              step, identity of the run, guards with memory
-    STORE/step-000000200/commit.json             written last: sha256 and size of each of the others
+    STORE/step-000000200/commit.json             written last: sha256 and size of each of the others, and its own
 
 A checkpoint without its commit record does not exist. Files are verified when they are read, and before an older
 checkpoint is removed for a newer one, so the newest one that can be read is never lost.
@@ -68,7 +68,8 @@ def write(store: str, state: State) -> str:
     for stem, tensors in state.tensors.items():
         put(f"{stem}.safetensors", safetensors.torch.save(dict(tensors)))
     put(STATE, _json({"step": state.step, "facts": dict(state.facts)}))
-    storage.write_bytes(storage.join(url, COMMIT), _json({"version": VERSION, "step": state.step, "files": files}))
+    record = {"version": VERSION, "step": state.step, "files": files}
+    storage.write_bytes(storage.join(url, COMMIT), _json({**record, "sha256": storage.digest(_json(record))}))
     return url
 
 
@@ -149,31 +150,31 @@ def _json(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, indent=1, sort_keys=True).encode()
 
 
-def _record(url: str) -> dict[str, Any]:
+def _record(url: str, step: int) -> dict[str, dict[str, Any]]:
+    """The files that a commit record names: name -> sha256, bytes."""
     data = storage.read_bytes(storage.join(url, COMMIT))
     try:
         record = json.loads(data)
-        version = record["version"]
-        files = {str(name): (str(facts["sha256"]), int(facts["bytes"])) for name, facts in record["files"].items()}
+        if record["version"] != VERSION:
+            raise Damaged(f"{url} has checkpoint version {record['version']}; this code reads {VERSION}")
+        if record.pop("sha256") != storage.digest(_json(record)) or record["step"] != step:
+            raise ValueError("its content is not what was written")
+        return record["files"]
+    except Damaged:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{url}/{COMMIT} is damaged: {error}") from None
-    if version != VERSION:
-        raise Damaged(f"{url} has checkpoint version {version}; this code reads {VERSION}")
-    return {"step": record.get("step"), "files": files}
 
 
 def _verified(url: str, step: int) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every file, its digest checked, one at a time."""
-    record = _record(url)
-    if record["step"] != step:
-        raise Damaged(f"{url}/{COMMIT} is of step {record['step']}")
-    for name, (digest, size) in record["files"].items():
+    for name, facts in _record(url, step).items():
         try:
             data = storage.read_bytes(storage.join(url, name))
         except FileNotFoundError:
             raise Damaged(f"{url}/{name} is missing") from None
-        if len(data) != size or storage.digest(data) != digest:
-            raise Damaged(f"{url}/{name} is damaged: {len(data)} bytes, {size} were committed, or another sha256")
+        if storage.digest(data) != facts["sha256"]:
+            raise Damaged(f"{url}/{name} is damaged: {len(data)} bytes of {facts['bytes']}, and another sha256")
         yield name, data
 
 

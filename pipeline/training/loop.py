@@ -7,6 +7,7 @@ evaluate and to save.
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,7 +27,7 @@ from pipeline.training import events as say
 from pipeline.training.checkpoint import Saver, State, folder
 from pipeline.training.ema import EMA, decay
 from pipeline.training.optim import LAWS, AdamW, clip_scale, gradient_norm, learning_rate
-from pipeline.training.restore import restore
+from pipeline.training.restore import RunError, restore
 from pipeline.training.step import Place, Table, TrainingModule, backward, tabulate
 
 PRECISIONS = ("fp32", "bf16")
@@ -49,6 +50,7 @@ class TrainingConfig:
     log_every_images: Annotated[int, "images between two points of the loss curve"] = 2_048
     evaluate_every_images: Annotated[int, "images between two held-out bits/dim; 0: at the end only"] = 50_000
     evaluate_images: Annotated[int, "held-out images of such a measurement; 0: none is made"] = 1_000
+    evaluate_levels: Annotated[int, "network evaluations an image of such a measurement"] = 16
     sample_every_images: Annotated[int, "images between two sample grids; 0: at the end only"] = 50_000
     sample_images: Annotated[int, "images of a sample grid; 0: none is made"] = 64
     checkpoint_every_images: Annotated[int, "images between two checkpoints; 0: at the end only"] = 50_000
@@ -80,8 +82,8 @@ class TrainingConfig:
         choose(LAWS, self.law, "training.law")
 
 
-class Diverged(ValueError):
-    """Too many steps in a row without a finite loss and gradient; raised on every rank alike."""
+class Diverged(RunError):
+    """Too many steps in a row without a finite loss and gradient."""
 
 
 class Batches(Protocol):
@@ -138,7 +140,7 @@ def train(task: Task) -> Iterator[say.Event]:
     Every rank runs it, and runs it to its end. With place.world > 1 torch.distributed must be initialised.
 
     Raises:
-        ValueError: workers without a logical shard, precision that the hardware lacks, a checkpoint of another run.
+        RunError: workers without a logical shard, precision that the hardware lacks, a checkpoint of another run.
         Diverged: `skip_limit` steps in a row were not finite.
     """
     check(task)
@@ -150,14 +152,14 @@ def train(task: Task) -> Iterator[say.Event]:
 
 
 def check(task: Task) -> None:
-    """Raises ValueError for what can be known before any work is done."""
+    """Raises RunError for what can be known before any work is done."""
     if task.place.world > task.logical_shards:
-        raise ValueError(
+        raise RunError(
             f"{task.place.world} workers for {task.logical_shards} logical shards: some would have nothing to do; set "
             f"cluster.workers to at most {task.logical_shards}, or stream.logical_shards to at least {task.place.world}"
         )
     if task.config.precision == "bf16" and not has_bf16(task.place.device):
-        raise ValueError(f"training.precision: this {task.place.device.type} has no bf16 arithmetic; use fp32")
+        raise RunError(f"training.precision: this {task.place.device.type} has no bf16 arithmetic; use fp32")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -209,23 +211,22 @@ class _Run:
         """Takes over a checkpoint's state.
 
         Raises:
-            ValueError: it is of another run or another architecture; names what differs.
+            RunError: it is of another run or another architecture; names what differs.
         """
         facts = state.facts
         for key, value in self.task.identity.items():
             if key in facts["identity"] and facts["identity"][key] != value:
-                raise ValueError(
+                raise RunError(
                     f"the checkpoints at {self.task.store} are of another run: {key} was {facts['identity'][key]!r}, "
                     f"is {value!r}; give this run another name, or remove them"
                 )
         try:
             self.denoiser.load_state_dict(dict(state.tensors["model"]))
             self.ema.load_state_dict(dict(state.tensors["ema"]))
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"the checkpoint of step {state.step} at {self.task.store} does not fit the network: {error}"
-            ) from None
-        self.optimizer.load_state_dict(dict(state.tensors["optimizer"]))
+            self.optimizer.load_state_dict(dict(state.tensors["optimizer"]))
+        except (RuntimeError, KeyError, ValueError) as error:
+            where = f"the checkpoint of step {state.step} at {self.task.store}"
+            raise RunError(f"{where} does not fit the network: {error}") from None
         if hasattr(self.task.objective, "load_state_dict"):
             self.task.objective.load_state_dict(state.tensors["objective"])  # pyright: ignore[reportAttributeAccessIssue]
         self.step, self.finished = state.step, facts["finished"]
@@ -348,12 +349,13 @@ class _Run:
         every start, the very first included, leave nothing but the order behind: gradients are cleared, and every draw
         of a step is keyed anew.
         """
-        network = DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
-        if self.place.world > 2:
-            key = StepKey(self.task.seed, self.step, shards[-1], self.task.logical_shards)
+        network = DistributedDataParallel(self.module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        key = StepKey(self.task.seed, self.step, shards[-1], self.task.logical_shards)
+        with warnings.catch_warnings():  # said once a process: 1x1 kernels have two names for the same strides
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             for _ in range(2):
                 backward(network, mine[-1:], [key], self.place)
-            self.optimizer.zero_grad()
+        self.optimizer.zero_grad()
         return network
 
     def _due(self, every: int) -> bool:

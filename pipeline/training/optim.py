@@ -30,11 +30,11 @@ class AdamW:
         self._squares = [torch.zeros_like(p) for p in self.parameters]
         device = self.parameters[0].device if self.parameters else "cpu"
         self._steps = torch.zeros((), dtype=torch.float32, device=device)
-        decayed = [i for i, p in enumerate(self.parameters) if p.ndim >= 2]
-        plain = [i for i, p in enumerate(self.parameters) if p.ndim < 2]
-        self._groups = [(indices, d) for indices, d in ((decayed, weight_decay), (plain, 0.0)) if indices]
-        if weight_decay == 0 and self.parameters:
-            self._groups = [(list(range(len(self.parameters))), 0.0)]
+        groups: dict[tuple[torch.dtype, float], list[int]] = {}  # the kernel takes one dtype and one decay at a time
+        for index, parameter in enumerate(self.parameters):
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((parameter.dtype, decay), []).append(index)
+        self._groups = [(indices, decay) for (_, decay), indices in groups.items()]
 
     def gradients(self) -> list[Tensor]:
         """One a parameter.
@@ -106,14 +106,14 @@ class AdamW:
 
 @torch.no_grad()
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, float32 ()."""
+    """The 2-norm of all gradients together, ()."""
     norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_scale(norm: Tensor, clip_norm: float) -> Tensor | None:
-    """What to divide the gradients by so that their norm is at most `clip_norm`; None where nothing is clipped (0)."""
-    return (norm / clip_norm).clamp(min=1.0) if clip_norm > 0 else None
+    """What to divide the gradients by so that their norm is at most `clip_norm`, float32 (); None where it is 0: no clip."""
+    return (norm / clip_norm).clamp(min=1.0).float() if clip_norm > 0 else None
 
 
 # --- learning-rate laws: share of the full rate at a fraction 0..1 of the budget --------------------------------------

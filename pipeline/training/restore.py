@@ -9,13 +9,17 @@ from pipeline.training.step import Place
 NONE = -1
 
 
+class RunError(ValueError):
+    """What a user can mend and another try would not; every rank raises it alike."""
+
+
 def restore(store: str, place: Place) -> tuple[State | None, list[str]]:
     """The state to start from (None: from nothing), and for each newer checkpoint a line that says why it was rejected.
 
     Rank 0 proposes the newest one that verifies; where any rank cannot read it, the next older one is proposed.
 
     Raises:
-        ValueError: checkpoints are there, but none can be read by all.
+        RunError: checkpoints are there, but none can be read by all.
     """
     rejected: list[str] = []
     below: int | None = None
@@ -27,9 +31,9 @@ def restore(store: str, place: Place) -> tuple[State | None, list[str]]:
         step = _from_rank_0(NONE if state is None else state.step, place)
         if step == NONE:
             if rejected:
-                raise ValueError(f"no checkpoint at {store} can be used: {'; '.join(rejected)}")
+                raise RunError(f"no checkpoint at {store} can be used: {'; '.join(rejected)}")
             if below is not None:
-                raise ValueError(
+                raise RunError(
                     f"no checkpoint at {store} can be read by all workers: is it a folder that every node sees?"
                 )
             return None, rejected

@@ -2,35 +2,26 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 
 from pipeline.data import blocks
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardConfig, shard_in_process
-
-
-def write_images(folder: Path, count: int, size: int, channels: int = 3, classes: int = 3, seed: int = 0) -> None:
-    """`count` PNGs of smooth noise in `classes` sub-folders (0: none)."""
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        small = rng.integers(0, 256, (max(2, size // 4), max(2, size // 4), channels), dtype=np.uint8)
-        pixels = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
-        place = folder / f"class{i % classes}" if classes else folder
-        place.mkdir(parents=True, exist_ok=True)
-        assert cv2.imwrite(str(place / f"{i:05d}.png"), pixels)
+from tests.data.folders import write_images
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Callable[..., Manifest]:
     """made(count, size, ...) -> the manifest of a set of that many random images."""
 
-    def make(count: int = 100, size: int = 8, channels: int = 3, classes: int = 3, name: str = "set", **config: object) -> Manifest:
+    def make(
+        count: int = 100, size: int = 8, channels: int = 3, classes: int = 3, name: str = "set", **config: Any
+    ) -> Manifest:
         write_images(tmp_path / f"{name}-images", count, size, channels, classes)
-        values = {"image_size": size, "channels": channels, "samples_per_shard": 16} | config
-        return shard_in_process(ShardConfig(str(tmp_path / f"{name}-images"), str(tmp_path / name), **values))  # pyright: ignore[reportArgumentType]
+        values: dict[str, Any] = {"image_size": size, "channels": channels, "samples_per_shard": 16} | config
+        return shard_in_process(ShardConfig(str(tmp_path / f"{name}-images"), str(tmp_path / name), **values))
 
     return make
 

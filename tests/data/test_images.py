@@ -90,7 +90,15 @@ def test_other_modes(mode: str) -> None:
 def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     end = b"IEND"
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + bytes(4) + end + struct.pack(">I", zlib.crc32(end))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + bytes(4)
+        + end
+        + struct.pack(">I", zlib.crc32(end))
+    )
 
 
 def animated(kind: str) -> bytes:
@@ -110,7 +118,7 @@ BAD = {
     "wide bomb": (png_header(2**31 - 1, 2**31 - 1), "pixels; allowed"),
     "no pixels": (png_header(0, 5), "0 x 5 pixels"),
     "header only": (png_header(5, 5), "decoder refused"),
-    "16 bit": (encoded(Image.fromarray((photo(channels=1)[:, :, 0].astype(np.uint16) * 257)), "PNG"), "16 bits"),
+    "16 bit": (encoded(Image.fromarray(photo(channels=1)[:, :, 0].astype(np.uint16) * 257), "PNG"), "16 bits"),
     "cmyk": (encoded(Image.fromarray(photo()).convert("CMYK"), "JPEG"), "4 components"),
     "apng": (animated("PNG"), "animated"),
     "animated webp": (animated("WEBP"), "animated"),

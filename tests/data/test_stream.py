@@ -1,10 +1,13 @@
 """The stream: exactly once, the same list through any resume and resize, nothing unverified."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +19,9 @@ from pipeline.data.stream import Batch, StreamConfig
 from pipeline.data.tar import DamagedShard
 
 
-def config(done: Manifest, **values: object) -> StreamConfig:
-    return StreamConfig(done.url, **({"batch_size": 12, "logical_shards": 6, "window": 2} | values))  # pyright: ignore[reportArgumentType]
+def config(done: Manifest, **values: Any) -> StreamConfig:
+    defaults: dict[str, Any] = {"batch_size": 12, "logical_shards": 6, "window": 2, "read_ahead_bytes": 1 << 15}
+    return StreamConfig(done.url, **(defaults | values))
 
 
 def batches(settings: StreamConfig, done: Manifest, parts: Sequence[int], start: int, steps: int) -> list[Batch]:
@@ -34,7 +38,9 @@ def global_ids(settings: StreamConfig, done: Manifest, worlds: Sequence[tuple[in
         for rank in range(workers):
             for batch in batches(settings, done, range(rank, settings.logical_shards, workers), step, steps):
                 rows[batch.step, batch.logical_shard] = batch.ids.tolist()
-        made += [[i for part in range(settings.logical_shards) for i in rows[k, part]] for k in range(step, step + steps)]
+        made += [
+            [i for part in range(settings.logical_shards) for i in rows[k, part]] for k in range(step, step + steps)
+        ]
         step += steps
     return made
 
@@ -53,7 +59,9 @@ def pixels_by_id(done: Manifest) -> dict[int, bytes]:
 
 @pytest.mark.parametrize("encoding", ["png", "raw"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_labels_and_ids_belong_together_and_come_once(made: Callable[..., Manifest], encoding: str, channels: int) -> None:
+def test_images_labels_and_ids_belong_together_and_come_once(
+    made: Callable[..., Manifest], encoding: str, channels: int
+) -> None:
     done = made(90, 8, channels, encoding=encoding, held_out=0.0)
     contents = pixels_by_id(done)
     labels = [row["label"] for row in manifest.samples(done).to_pylist()]
@@ -146,7 +154,10 @@ def test_splits_are_loaded_whole_and_bounded(made: Callable[..., Manifest]) -> N
     assert train.ids.tolist() == list(range(done.card["samples"]["train"]))
     contents = pixels_by_id(done)
     for image, name in zip(train.images.numpy(), train.ids.tolist(), strict=True):
-        assert hashlib.sha256(b"8 8 3\n" + np.ascontiguousarray(image.transpose(1, 2, 0)).tobytes()).digest() == contents[name]
+        assert (
+            hashlib.sha256(b"8 8 3\n" + np.ascontiguousarray(image.transpose(1, 2, 0)).tobytes()).digest()
+            == contents[name]
+        )
     assert torch.equal(stream.held_out(done, limit=5).images, held.images[:5])
     with pytest.raises(ValueError, match="give a limit"):
         stream.held_out(done, max_bytes=1000)
@@ -170,14 +181,16 @@ def test_damage_is_named(made: Callable[..., Manifest]) -> None:
         batches(config(done), done, range(6), 0, 10)
 
 
-def test_the_cache_is_bounded_and_reads_each_shard_once(made: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_bounded_and_reads_each_shard_once(
+    made: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = made(128, 8, 1, held_out=0.0)
     reads: list[str] = []
     real = blocks.fetch
 
-    def counted(root: str, ref: blocks.ShardRef, *rest: object) -> blocks.VerifiedShard:
+    def counted(root: str, ref: blocks.ShardRef, *rest: Any) -> blocks.VerifiedShard:
         reads.append(ref.url)
-        return real(root, ref, *rest)  # pyright: ignore[reportArgumentType]
+        return real(root, ref, *rest)
 
     monkeypatch.setattr(blocks, "fetch", counted)
     settings = config(done, batch_size=16, logical_shards=1, readers=4, read_ahead_bytes=2 * 16 * 64)
@@ -216,6 +229,22 @@ def test_refusals(made: Callable[..., Manifest]) -> None:
     for parts, start in (([], 0), ([0, 0], 0), ([6], 0), ([-1], 0), ([0], -1)):
         with pytest.raises(ValueError):
             stream.thread_stream(config(done), done, parts, start)
-    for wrong in ({"batch_size": 10, "logical_shards": 4}, {"flip": 1.5}, {"window": 0}, {"readers": 0}, {"cache_bytes": -1}):
-        with pytest.raises(ValueError):
-            StreamConfig("x", **wrong)
+    wrong: list[dict[str, Any]] = [
+        {"batch_size": 10, "logical_shards": 4},
+        {"flip": 1.5},
+        {"window": 0},
+        {"readers": 0},
+        {"cache_bytes": -1},
+    ]
+    for values in wrong:
+        with pytest.raises(ValueError, match=list(values)[-1]):
+            StreamConfig("x", **values)
+
+
+def test_a_reader_process_loads_no_torch() -> None:
+    code = (
+        "import sys, pipeline.data.blocks\n"
+        "print([m for m in ('torch', 'boto3', 'webdataset', 'ray', 'mlflow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,18 @@ def shard(samples: list[tuple[bytes, bytes, int]] = SAMPLES) -> bytes:
     made = b""
     for key, payload, label in samples:
         text = b"%d" % label
-        made += tar.header(key + b".png", len(payload)) + tar.padded(payload) + tar.header(key + b".cls", len(text)) + tar.padded(text)
+        made += (
+            tar.header(key + b".png", len(payload))
+            + tar.padded(payload)
+            + tar.header(key + b".cls", len(text))
+            + tar.padded(text)
+        )
     return made + tar.END
 
 
-def foreign(name: str = "00000-00000.png", payload: bytes = b"x", **fields: object) -> bytes:
+def foreign(name: str = "00000-00000.png", payload: bytes = b"x", **fields: Any) -> bytes:
     sink = io.BytesIO()
-    with tarfile.open(fileobj=sink, mode="w", format=fields.pop("format", tarfile.USTAR_FORMAT)) as file:  # pyright: ignore[reportArgumentType]
+    with tarfile.open(fileobj=sink, mode="w", format=fields.pop("format", tarfile.USTAR_FORMAT)) as file:
         info = tarfile.TarInfo(name)
         for field, value in fields.items():
             setattr(info, field, value)
@@ -47,7 +53,9 @@ def test_walk() -> None:
     data = shard()
     members = tar.walk("s", data, 3, "png", True)
     assert members.labels.tolist() == [3, 0, 41]
-    assert [data[o : o + n] for o, n in zip(members.offsets.tolist(), members.sizes.tolist(), strict=True)] == [p for _, p, _ in SAMPLES]
+    assert [data[o : o + n] for o, n in zip(members.offsets.tolist(), members.sizes.tolist(), strict=True)] == [
+        p for _, p, _ in SAMPLES
+    ]
 
 
 HOSTILE = {
@@ -78,10 +86,20 @@ HOSTILE = {
     "no class": tar.header(b"00000-00000.png", 1) + tar.padded(b"x") + tar.END,
     "other key": tar.header(b"00000-00000.png", 0) + tar.header(b"00000-00001.cls", 1) + tar.padded(b"1") + tar.END,
     "class text": tar.header(b"00000-00000.png", 0) + tar.header(b"00000-00000.cls", 2) + tar.padded(b"-1") + tar.END,
-    "class long": tar.header(b"00000-00000.png", 0) + tar.header(b"00000-00000.cls", 5000) + tar.padded(b"1" * 5000) + tar.END,
+    "class long": tar.header(b"00000-00000.png", 0)
+    + tar.header(b"00000-00000.cls", 5000)
+    + tar.padded(b"1" * 5000)
+    + tar.END,
     "size beyond": tar.header(b"00000-00000.png", 8**11 - 1) + tar.padded(b"x") + tar.END,
-    "size negative": tar.header(b"00000-00000.png", 0).replace(b"00000000000\x00" + b"0" * 11, b"-0000000001\x00" + b"0" * 11) + tar.END,
-    "size base 256": tar.header(b"00000-00000.png", 0)[:124] + b"\x80" + bytes(11) + tar.header(b"00000-00000.png", 0)[136:] + tar.END,
+    "size negative": tar.header(b"00000-00000.png", 0).replace(
+        b"00000000000\x00" + b"0" * 11, b"-0000000001\x00" + b"0" * 11
+    )
+    + tar.END,
+    "size base 256": tar.header(b"00000-00000.png", 0)[:124]
+    + b"\x80"
+    + bytes(11)
+    + tar.header(b"00000-00000.png", 0)[136:]
+    + tar.END,
     "surplus sample": shard(SAMPLES[:2]),
     "bytes after the end": shard(SAMPLES[:1]) + b"\0",
     "half an end": shard(SAMPLES[:1])[:-512],
@@ -97,6 +115,8 @@ def test_hostile_archives_are_refused_by_name(name: str) -> None:
 
 
 def test_a_million_members_cost_no_more_than_the_manifest_says() -> None:
-    data = (tar.header(b"00000-00000.png", 0) + tar.header(b"00000-00000.cls", 1) + tar.padded(b"1")) * 100_000 + tar.END
+    data = (
+        tar.header(b"00000-00000.png", 0) + tar.header(b"00000-00000.cls", 1) + tar.padded(b"1")
+    ) * 100_000 + tar.END
     with pytest.raises(tar.DamagedShard, match="the end mark after 2 samples"):
         tar.walk("evil", data, 2, "png", True)

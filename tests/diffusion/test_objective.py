@@ -127,9 +127,7 @@ def test_elbo_weight_is_the_bound_whatever_the_density(law: str, density: str) -
     std = math.sqrt(SQUARE)
     value, error = mean_loss(Weighted("elbo", density), gaussian_denoiser(std, LAWS[law]), 12)
     low, high = -9.0, 5.0
-    expected = 0.5 * (
-        (high - math.log(SQUARE + math.exp(high))) - (low - math.log(SQUARE + math.exp(low)))
-    )
+    expected = 0.5 * ((high - math.log(SQUARE + math.exp(high))) - (low - math.log(SQUARE + math.exp(low))))
     assert error < 0.05 * expected
     assert abs(value - expected) < 5 * error
 

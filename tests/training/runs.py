@@ -5,6 +5,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,18 +16,20 @@ import torch
 import torch.distributed
 
 from pipeline import backbones
+from pipeline.data import storage
 from pipeline.data.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objective import OBJECTIVES
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.randomness import keyed_generator
 from pipeline.diffusion.schedule import SCHEDULES
+from pipeline.training import checkpoint
 from pipeline.training import events as say
 from pipeline.training.loop import Hooks, Task, TrainingConfig, train
 from pipeline.training.step import Place
 
 ROOT = Path(__file__).parent.parent.parent
-BATCH, SHARDS, SIZE, CLASSES = 12, 6, 8, 3
+BATCH, SHARDS, SIZE, CLASSES = 12, 4, 8, 3
 
 PLAIN = {
     "images": 40 * BATCH,
@@ -57,7 +60,7 @@ def denoiser(width: int = 8, schedule: str = "cosine") -> Denoiser:
 
 
 class Scans:
-    """Keyed blobs with a label each: any rank can make any step's batch. `poisoned` labels are -1 to mark nothing."""
+    """Keyed blobs with a label each: any rank can make any step's batch."""
 
     def __init__(self, step: int, shards: list[int]) -> None:
         self._batches = self._generate(step, shards)
@@ -88,6 +91,12 @@ def batch_of(step: int, shard: int) -> Batch:
     return Batch(step, shard, images.byte(), labels, torch.arange(count))
 
 
+def digests(store: str, step: int) -> dict[str, str]:
+    """sha256 of each tensor file of a checkpoint, from its commit record."""
+    record = json.loads(storage.read_bytes(f"{checkpoint.folder(store, step)}/{checkpoint.COMMIT}"))
+    return {name: facts["sha256"] for name, facts in record["files"].items() if name.endswith(".safetensors")}
+
+
 def task(store: str, place: Place | None = None, objective: str = "simple", hooks: Hooks | None = None, **over: Any) -> Task:
     place = place or Place()
     width, schedule = over.pop("width", 8), over.pop("schedule", "cosine")
@@ -114,10 +123,11 @@ def losses(events: list[say.Event]) -> list[float]:
 def spawn(store: str, world: int = 1, **over: Any) -> list[list[say.Event]]:
     """A training in `world` fresh processes; the events of each rank."""
     meeting = f"{store}-meeting-{os.urandom(4).hex()}"
+    given = {"store": store, "world": world, "meeting": meeting, **over}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.training.runs", json.dumps({"store": store, "rank": rank, "world": world, "meeting": meeting, **over})],
+            [sys.executable, "-m", "tests.training.runs", json.dumps({**given, "rank": rank})],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -132,7 +142,7 @@ def spawn(store: str, world: int = 1, **over: Any) -> list[list[say.Event]]:
         for process in processes:
             process.kill()
     for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
+        assert process.returncode == (-signal.SIGKILL if "die_after" in over else 0), errors
     return [[say.decode(line) for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
 
 
@@ -140,11 +150,14 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     rank, world = options.pop("rank", 0), options.pop("world", 1)
     meeting, store = options.pop("meeting", ""), options.pop("store")
+    die_after = options.pop("die_after", None)  # step: SIGKILL ourselves once its checkpoint is committed
     torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     for event in train(task(store, Place(rank, world), **options)):
         print(say.encode(event), flush=True)
+        if die_after is not None and isinstance(event, say.CheckpointSaved) and event.step == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
     if world > 1:
         torch.distributed.destroy_process_group()
 

@@ -1,0 +1,285 @@
+"""Ray Serve: an HTTP ingress and engine replicas, autoscaled on ongoing work.
+
+A replica is ready once its model is verified, warmed up and self-tested. A request whose replica dies is asked again
+with the same seed, so it comes to the same bytes.
+"""
+
+import logging
+import socket
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+
+from pipeline.cluster.http import make_app
+from pipeline.model import Model, load
+from pipeline.serving.requests import Refused, ServingConfig
+from pipeline.serving.service import Identity, Service, refused
+
+log = logging.getLogger("raydiffusion.serving")
+
+APPLICATION = "raydiffusion"
+ATTEMPTS = 3  # replicas a request may outlive, less one
+ONGOING_FACTOR = (
+    16  # requests that may be with a replica, in units of those it should have; its engine has the real budget
+)
+READY_TIMEOUT_S = 30.0
+
+
+# --- a replica -------------------------------------------------------------------------------------------------------
+
+
+class Replica:
+    """One engine. Refusals are returned, not raised: Ray would wrap them."""
+
+    def __init__(self, config: Mapping[str, Any], tracking_uri: str | None) -> None:
+        settings = ServingConfig(**config)
+        model, identity = _load(settings, tracking_uri)
+        self.service = Service(model, settings, identity)
+
+    async def describe(self) -> dict[str, Any]:
+        return await self.service.describe()
+
+    async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any] | Refused:
+        return await _told(lambda: self.service.generate(fields, seed))
+
+    async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any] | Refused:
+        return await _told(lambda: self.service.likelihood(fields, encoded, seed))
+
+    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncIterator[dict[str, Any] | Refused]:
+        try:
+            async for event in self.service.stream(fields, seed):
+                yield event
+        except Exception as error:
+            yield _logged(error)
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica whose check raises."""
+        if not self.service.engine.alive:
+            raise RuntimeError("the engine's worker has ended")
+
+    def __del__(self) -> None:
+        if hasattr(self, "service"):
+            self.service.close(drain=False, timeout_s=5.0)
+
+
+async def _told(ask: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any] | Refused:
+    try:
+        return await ask()
+    except Exception as error:
+        return _logged(error)
+
+
+def _logged(error: Exception) -> Refused:
+    no = refused(error)
+    if no.status >= 500:
+        log.error("a request failed", exc_info=error)
+    return no
+
+
+def _load(config: ServingConfig, tracking_uri: str | None) -> tuple[Model, Identity]:
+    """The model that `config.model` names, on this replica's device, and what it is called."""
+    import torch
+
+    url = config.model
+    if url is None:
+        raise ValueError("serving.model is null: name a model, for example models:/digits@champion")
+    device = "cuda" if config.gpus_per_replica > 0 and torch.cuda.is_available() else "cpu"
+    if not url.startswith("models:/"):
+        model = load(url, device)
+        name = url.rstrip("/").rpartition("/")[2] or url
+        return model, Identity(name, "", model.digest, (url,))
+    from pipeline.tracking import registry
+
+    version = registry.resolve(url, tracking_uri=tracking_uri)
+    model = load(registry.fetch(f"models:/{version.name}/{version.version}", tracking_uri=tracking_uri), device)
+    aliases = (url, url.removeprefix("models:/"), f"{version.name}/{version.version}")
+    return model, Identity(version.name, str(version.version), model.digest, aliases)
+
+
+# --- the ingress -----------------------------------------------------------------------------------------------------
+
+
+class Replicas:
+    """The backend of the HTTP application: engine replicas behind a handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    async def describe(self) -> dict[str, Any]:
+        return await self._ask("describe")
+
+    async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        return await self._ask("generate", fields, seed)
+
+    async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]:
+        return await self._ask("likelihood", fields, encoded, seed)
+
+    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncIterator[dict[str, Any]]:
+        """Events in order; where a replica dies, those already sent are made again and left out."""
+        sent = 0
+        for attempt in range(ATTEMPTS):
+            try:
+                passed = 0
+                async for event in self.handle.options(stream=True).stream.remote(fields, seed):
+                    if isinstance(event, Refused):
+                        raise event
+                    passed += 1
+                    if passed > sent:
+                        yield event
+                        sent = passed
+                return
+            except (RayActorError, ReplicaUnavailableError) as error:
+                _check_attempt(attempt, error)
+            except BackPressureError as error:
+                raise _overloaded(error) from error
+
+    async def _ask(self, method: str, *arguments: Any) -> dict[str, Any]:
+        for attempt in range(ATTEMPTS):
+            try:
+                answer = await getattr(self.handle, method).remote(*arguments)
+            except (RayActorError, ReplicaUnavailableError) as error:
+                _check_attempt(attempt, error)
+            except BackPressureError as error:
+                raise _overloaded(error) from error
+            else:
+                if isinstance(answer, Refused):
+                    raise answer
+                return answer
+        raise AssertionError("the last attempt either returned or raised")
+
+
+def _check_attempt(attempt: int, error: Exception) -> None:
+    log.warning("a replica died under a request (attempt %d): %s", attempt + 1, error)
+    if attempt + 1 == ATTEMPTS:
+        message = "the replicas died under this request; ask again with the same seed"
+        raise Refused(message, 503, "not_available", retry_after_s=5.0) from error
+
+
+def _overloaded(error: Exception) -> Refused:
+    return Refused(f"too many requests wait for a replica: {error}", 429, "queue_full", retry_after_s=2.0)
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP side. It holds no model: it reads, checks, asks a replica and answers."""
+
+    def __init__(self, config: Mapping[str, Any], engines: Any) -> None:
+        self.config, self.engines = ServingConfig(**config), engines
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_app(Replicas(self.engines), self.config)
+
+
+# --- deploying -------------------------------------------------------------------------------------------------------
+
+
+def application(config: ServingConfig, tracking_uri: str | None = None) -> serve.Application:
+    """The Serve application of a configuration, to run or to name in a declarative deployment."""
+    plain = asdict(config)
+    deployment: Any = serve.deployment
+    engines = deployment(
+        Replica,
+        name="engine",
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        max_ongoing_requests=max(64, int(ONGOING_FACTOR * config.requests_per_replica)),
+        max_queued_requests=config.max_queued_requests,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=config.requests_per_replica,
+            upscale_delay_s=5.0,
+            downscale_delay_s=config.downscale_delay_s,
+        ),
+        graceful_shutdown_timeout_s=config.deadline_s,
+        max_constructor_retry_count=2,
+    ).bind(plain, tracking_uri)
+    ingress = deployment(
+        Ingress,
+        name="ingress",
+        ray_actor_options={"num_cpus": config.cpus_ingress},
+        max_ongoing_requests=2 * config.max_queued_requests,
+        graceful_shutdown_timeout_s=config.deadline_s,
+    )
+    return ingress.bind(plain, engines)
+
+
+def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
+    """Serve `config.model` on the Ray cluster this process is connected to; returns the URL once a replica is ready.
+
+    Raises:
+        ValueError: no such model, a failed self-test, or a port that is taken.
+    """
+    running = APPLICATION in serve.status().applications if _serve_runs() else False
+    port = config.port if config.port else _free_port(config.host)
+    if not running and not _is_free(config.host, port):
+        raise ValueError(f"serving.port {port} on {config.host} is taken: choose another, or 0 for any")
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    location = "HeadOnly" if not config.key_hashes else "EveryNode"
+    serve.start(location, http_options={"host": config.host, "port": port}, logging_config=quiet)
+    try:
+        serve.run(application(config, tracking_uri), name=APPLICATION, route_prefix="/", logging_config=quiet)
+    except RuntimeError as error:
+        raise ValueError(f"the endpoint did not start: {_cause(error)}") from error
+    shown = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    url = f"http://{shown}:{port}"
+    _wait_until_ready(url)
+    return url
+
+
+def shutdown() -> None:
+    """End the endpoint and Ray Serve, all its replicas and proxies."""
+    serve.shutdown()
+
+
+def _serve_runs() -> bool:
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        serve.status()
+    except RayServeException:
+        return False
+    return True
+
+
+def _cause(error: RuntimeError) -> str:
+    """Why a deployment failed: the last line of the replica's traceback, which Serve keeps in its status."""
+    application = serve.status().applications.get(APPLICATION)
+    messages = [d.message for d in application.deployments.values()] if application else []
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("ValueError:", "FileNotFoundError:", "OSError:"))]
+    return (told or lines or [str(error)])[-1]
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _wait_until_ready(url: str) -> None:
+    end = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(f"the endpoint at {url} does not answer: {error}") from error
+            time.sleep(0.1)

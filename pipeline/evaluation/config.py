@@ -1,0 +1,45 @@
+"""What an evaluation measures and by how much it is judged."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pipeline.model import Sampling
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a trained model is measured."""
+
+    samples: Annotated[int, "images sampled and judged, classes in equal numbers, without guidance"] = 1000
+    sampling: Sampling = field(default_factory=Sampling)
+    estimators: Annotated[dict[str, dict[str, Any]], "likelihood estimators by name, each with its options"] = field(
+        default_factory=lambda: {"vlb": {}, "ode": {}}
+    )
+    images: Annotated[int, "held-out images that are scored, the first ones; 0: all"] = 0
+    judge_images: Annotated[int, "training images that judges, features and near-copies are measured on, at most"] = (
+        20_000
+    )
+    part: Annotated[int, "images of one piece of work, the rows of a network call"] = 125
+    features: Annotated[str, "where the Frechet distance is taken: auto, classifier, pixels"] = "auto"
+    near_copy_share: Annotated[float, "share of held-out images that count as near-copies: this sets the distance"] = (
+        0.01
+    )
+    resamples: Annotated[int, "bootstrap resamples of the Frechet distance"] = 200
+    min_agreement: Annotated[float | None, "share of samples with the asked class that is demanded; null: none"] = None
+    max_frechet_ratio: Annotated[float | None, "Frechet distance demanded, in floors; null: none"] = None
+    seed: Annotated[int, "keys samples, scores, judges and resamples"] = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "judge_images", "part", "resamples"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"evaluation.{name} must be at least 2, got {getattr(self, name)}")
+        if self.images < 0 or self.images == 1:
+            raise ValueError(f"evaluation.images must be 0 (all) or at least 2, got {self.images}")
+        if self.features not in ("auto", "classifier", "pixels"):
+            raise ValueError(f"evaluation.features must be auto, classifier or pixels, got '{self.features}'")
+        if not 0 < self.near_copy_share < 1:
+            raise ValueError(f"evaluation.near_copy_share must lie between 0 and 1, got {self.near_copy_share:g}")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise ValueError(f"evaluation.min_agreement must be a share, 0 to 1, got {self.min_agreement:g}")
+        if self.max_frechet_ratio is not None and not self.max_frechet_ratio > 0:
+            raise ValueError(f"evaluation.max_frechet_ratio must be positive, got {self.max_frechet_ratio:g}")

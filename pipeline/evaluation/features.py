@@ -1,0 +1,126 @@
+"""Where the Frechet distance is taken: features of a classifier trained here on the training images, or of their pixels.
+
+A network trained on photographs (Inception) would need a download and says little about scans of digits or cells; a
+classifier of the very classes that the model is asked for sees what matters to them. It is made anew from the training
+images and a seed whenever it is needed, the same every time, and is itself measured on held-out images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.data.images import to_model
+from pipeline.diffusion.randomness import key_seed, keyed_generator
+from pipeline.evaluation.statistics import Floats
+
+WIDTH = 64  # features, and components of pixels at most
+BATCH = 64
+EPOCHS = 15
+STEPS = (300, 2000)  # at least and at most, whatever the number of images
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Real images of a split: uint8 (n, C, H, W), and their classes (n,) int64, None where the set has none."""
+
+    images: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Features:
+    """extract: uint8 (n, C, H, W) -> float64 (n, d). about: what they are, for the report.
+
+    accuracy: share of held-out images that the classifier they come from gives their class; None without one.
+    """
+
+    extract: Callable[[Tensor], Floats]
+    about: str
+    accuracy: float | None = None
+
+
+class Classifier(nn.Module):
+    """Convolutions down to 4x4, a hidden layer of `WIDTH` (the features, after its SiLU), and the classes."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, stride=1 if size <= 16 else 2, padding=1), nn.SiLU()]
+        side, width = size if size <= 16 else (size + 1) // 2, 32
+        while side > 4:
+            layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.SiLU()]
+            side, width = (side + 1) // 2, 64
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, WIDTH), nn.SiLU())
+        self.head = nn.Linear(WIDTH, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, C, H, W) in model space -> logits (n, classes)."""
+        return self.head(self.body(x))
+
+
+def train_classifier(train: Labelled, classes: int, seed: int) -> Classifier:
+    """A classifier of the training images; the same weights for the same images, seed and thread count."""
+    if train.labels is None:
+        raise ValueError("features 'classifier' need classes; this set has none: use features: pixels")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_seed("classifier", seed))
+        net = Classifier(train.images.shape[1], train.images.shape[2], classes)
+    x, labels, n = to_model(train.images), train.labels, len(train.images)
+    parameters = list(net.parameters())
+    steps = min(max(EPOCHS * n // BATCH, STEPS[0]), STEPS[1])
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+    law = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = keyed_generator("classifier-order", seed)
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(n, (BATCH,), generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[rows]), labels[rows]).backward()
+            optimizer.step()
+            law.step()
+    return net.eval().requires_grad_(False)
+
+
+def classifier_features(train: Labelled, held_out: Labelled, classes: int, seed: int) -> Features:
+    """The classifier's last hidden layer."""
+    net = train_classifier(train, classes, seed)
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Floats:
+        parts = [net.body(to_model(rows)) for rows in images.split(ROWS_AT_ONCE)]
+        return torch.cat(parts).double().numpy()
+
+    @torch.no_grad()
+    def right() -> float:
+        found = torch.cat([net(to_model(rows)).argmax(1) for rows in held_out.images.split(ROWS_AT_ONCE)])
+        return float((found == held_out.labels).double().mean())
+
+    return Features(extract, f"last hidden layer ({WIDTH} units) of a classifier of the training images", right())
+
+
+def pixel_features(train: Labelled) -> Features:
+    """Principal components of the training images' pixels (grey levels / 255), at most `WIDTH`."""
+    flat = train.images.flatten(1).double().numpy() / 255
+    mean = flat.mean(0)
+    _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
+    axes = axes[:WIDTH]
+
+    def extract(images: Tensor) -> Floats:
+        return (images.flatten(1).double().numpy() / 255 - mean) @ axes.T
+
+    return Features(extract, f"first {len(axes)} principal components of the training images' pixels")
+
+
+def features_of(kind: str, train: Labelled, held_out: Labelled, classes: int, seed: int) -> Features:
+    """kind: 'classifier', 'pixels', or 'auto': a classifier where there are classes.
+
+    Raises:
+        ValueError: a classifier of a set without classes.
+    """
+    if kind == "classifier" or (kind == "auto" and classes > 0):
+        return classifier_features(train, held_out, classes, seed)
+    return pixel_features(train)

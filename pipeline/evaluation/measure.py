@@ -1,0 +1,266 @@
+"""The whole evaluation of a model: held-out likelihood, samples, their quality, near-copies; its numbers, rows and file."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.data import storage
+from pipeline.evaluation.bits_per_dim import Scores, score
+from pipeline.evaluation.config import EvaluationConfig
+from pipeline.evaluation.features import Labelled, features_of
+from pipeline.evaluation.memorisation import Memorisation, memorisation
+from pipeline.evaluation.quality import Agreement, Frechet, class_agreement, frechet_to_held_out
+from pipeline.evaluation.statistics import Estimate
+from pipeline.evaluation.work import Worker, finish, sample_work
+from pipeline.model import Scoring
+
+FILES = ("evaluation.json", "evaluation.safetensors")
+
+Progress = Callable[[str, int, int], None]  # (what, images done, images in all)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found. samples: uint8 (n, C, H, W); asked: (n,) the class of each, None for a model without classes.
+
+    scores: by estimator. agreement: None for a model without classes.
+    """
+
+    scores: dict[str, Scores]
+    agreement: Agreement | None
+    frechet: Frechet
+    copies: Memorisation
+    samples: Tensor
+    asked: Tensor | None
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers, for a tracker."""
+        found: dict[str, float] = {}
+        for name, scores in self.scores.items():
+            found[f"held_out_bits_per_dim_{name}"] = scores.mean
+            found[f"held_out_bits_per_dim_{name}_standard_error"] = scores.standard_error
+        if self.agreement is not None:
+            found["class_agreement"] = self.agreement.share.value
+            found["class_agreement_of_held_out"] = self.agreement.judge.value
+        found["frechet_distance"] = self.frechet.samples.value
+        found["frechet_floor"] = self.frechet.floor.value
+        found["frechet_ratio"] = self.frechet.ratio
+        found["near_copies"] = self.copies.share.value
+        found["near_copies_of_held_out"] = self.copies.held_out_share.value
+        return found
+
+    def card(self) -> dict[str, Any]:
+        """What a model's card says of it: the metrics, and the held-out scores that a new image is compared with."""
+        scores = {name: [round(v, 5) for v in found.bits_per_dim] for name, found in self.scores.items()}
+        return {"metrics": self.metrics(), "held_out_bits_per_dim": scores}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the result table. ok: whether it meets what was demanded; None where nothing was."""
+
+    name: str
+    value: str
+    detail: str
+    ok: bool | None = None
+
+
+def evaluate(
+    worker: Worker,
+    classes: int,
+    train: Labelled,
+    held_out: Labelled,
+    config: EvaluationConfig,
+    progress: Progress = lambda what, done, total: None,
+) -> Evaluation:
+    """Measure the model that `worker` runs, of `classes` classes, against real images.
+
+    Raises:
+        ValueError: what the model, an estimator or a measure refuses.
+    """
+    count = len(held_out.images) if config.images == 0 else min(config.images, len(held_out.images))
+    known = held_out.labels if classes and held_out.labels is not None else None
+    scores: dict[str, Scores] = {}
+    for name, options in config.estimators.items():
+        scores[name] = score(
+            worker,
+            held_out.images[:count],
+            None if known is None else known[:count],
+            Scoring(name, dict(options)),
+            part=config.part,
+            seed=config.seed,
+            progress=lambda done, name=name: progress(f"bits/dim by {name}", done, count),
+        )
+    work = sample_work(config.samples, classes, config.sampling, config.part, config.seed)
+    made = finish(worker, work, lambda done: progress("samples", done, config.samples))
+    samples = torch.cat([images for images in made if isinstance(images, Tensor)])
+    asked = torch.arange(config.samples) % classes if classes else None
+    progress("judging", 0, config.samples)
+    found = judge(samples, asked, scores, classes, train, held_out, config)
+    progress("judging", config.samples, config.samples)
+    return found
+
+
+def judge(
+    samples: Tensor,
+    asked: Tensor | None,
+    scores: dict[str, Scores],
+    classes: int,
+    train: Labelled,
+    held_out: Labelled,
+    config: EvaluationConfig,
+) -> Evaluation:
+    """The part of an evaluation that needs no model."""
+    train = Labelled(
+        train.images[: config.judge_images], None if train.labels is None else train.labels[: config.judge_images]
+    )
+    features = features_of(config.features, train, held_out, classes, config.seed)
+    return Evaluation(
+        scores,
+        None if asked is None else class_agreement(samples, asked, train, held_out),
+        frechet_to_held_out(samples, train.images, held_out.images, features, config.resamples, config.seed),
+        memorisation(samples, train.images, held_out.images, config.near_copy_share),
+        samples,
+        asked,
+    )
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+ESTIMATOR_NAMES = {"vlb": "variational bound", "ode": "probability-flow ODE"}
+
+
+def _percent(share: Estimate) -> str:
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
+
+
+def rows(found: Evaluation, config: EvaluationConfig) -> list[Row]:
+    """The result table, what was demanded beside what was found."""
+    table: list[Row] = []
+    for name, scores in found.scores.items():
+        detail = (
+            f"{len(scores.bits_per_dim)} images, {scores.evaluations:.0f} evaluations each; "
+            f"of the error, the estimator's noise is {scores.estimator_error:.4f}"
+        )
+        value = f"{scores.mean:.3f} ± {scores.standard_error:.3f}"
+        table.append(Row(f"Held-out bits/dim, {ESTIMATOR_NAMES.get(name, name)}", value, detail))
+    if found.agreement is not None:
+        bar = config.min_agreement
+        table.append(
+            Row(
+                "Samples of the asked class",
+                _percent(found.agreement.share),
+                f"{'' if bar is None else f'at least {bar:.0%} demanded; '}"
+                f"the judge itself is right on {found.agreement.judge.value:.1%} of held-out images",
+                None if bar is None else found.agreement.share.value >= bar,
+            )
+        )
+    frechet, bar = found.frechet, config.max_frechet_ratio
+    low, high = frechet.samples.low, frechet.samples.high
+    table += [
+        Row(
+            "Fréchet distance, samples to held-out",
+            f"{frechet.samples.value:.2f} ({low:.2f} to {high:.2f})",
+            frechet.features,
+        ),
+        Row(
+            "Fréchet distance, training to held-out (floor)",
+            f"{frechet.floor.value:.2f} ({frechet.floor.low:.2f} to {frechet.floor.high:.2f})",
+            "what finite sets of real images are apart",
+        ),
+        Row(
+            "Fréchet distance in floors",
+            f"{frechet.ratio:.2f}",
+            "" if bar is None else f"at most {bar:g} demanded",
+            None if bar is None else frechet.ratio <= bar,
+        ),
+    ]
+    copies = found.copies
+    table.append(
+        Row(
+            "Near-copies of training images",
+            _percent(copies.share),
+            f"held-out images: {copies.held_out_share.value:.1%}; nearer than {copies.threshold:.1f} grey levels, rms",
+            copies.share.value <= copies.held_out_share.value,
+        )
+    )
+    return table
+
+
+def passed(table: list[Row]) -> bool:
+    """Whether nothing that was demanded is missed."""
+    return all(row.ok is not False for row in table)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def save(url: str, found: Evaluation, key: Mapping[str, Any]) -> None:
+    """Write an evaluation under `url`. key: JSON facts that it belongs to (model digest, manifest digest, configuration)."""
+    tensors = {
+        "samples": found.samples.contiguous(),
+        "distances": torch.from_numpy(found.copies.distances),
+        "held_out_distances": torch.from_numpy(found.copies.held_out_distances),
+        "index": torch.from_numpy(found.copies.index),
+    }
+    if found.asked is not None:
+        tensors["asked"] = found.asked
+    copies = found.copies
+    values = {
+        "key": key,
+        "scores": {name: asdict(scores) for name, scores in found.scores.items()},
+        "agreement": None if found.agreement is None else asdict(found.agreement),
+        "frechet": asdict(found.frechet),
+        "copies": {
+            "threshold": copies.threshold,
+            "share": asdict(copies.share),
+            "held_out_share": asdict(copies.held_out_share),
+        },
+        "metrics": found.metrics(),
+    }
+    storage.write_bytes(storage.join(url, FILES[1]), safetensors.torch.save(tensors))
+    storage.write_bytes(storage.join(url, FILES[0]), json.dumps(values, indent=1, sort_keys=True).encode())
+
+
+def load(url: str, key: Mapping[str, Any]) -> Evaluation | None:
+    """An evaluation of exactly these facts written before, or None."""
+    name = storage.join(url, FILES[0])
+    if not storage.exists(name):
+        return None
+    values = json.loads(storage.read_bytes(name))
+    if values["key"] != json.loads(json.dumps(key)):
+        return None
+    tensors = safetensors.torch.load(storage.read_bytes(storage.join(url, FILES[1])))
+    agreement, frechet, copies = values["agreement"], values["frechet"], values["copies"]
+    return Evaluation(
+        {
+            estimator: Scores(
+                **{
+                    **scores,
+                    "bits_per_dim": tuple(scores["bits_per_dim"]),
+                    "estimator_errors": tuple(scores["estimator_errors"]),
+                }
+            )
+            for estimator, scores in values["scores"].items()
+        },
+        None
+        if agreement is None
+        else Agreement(Estimate(**agreement["share"]), tuple(agreement["by_class"]), Estimate(**agreement["judge"])),
+        Frechet(Estimate(**frechet["samples"]), Estimate(**frechet["floor"]), frechet["features"]),
+        Memorisation(
+            copies["threshold"],
+            Estimate(**copies["share"]),
+            Estimate(**copies["held_out_share"]),
+            np.asarray(tensors["distances"].numpy(), dtype=np.float64),
+            np.asarray(tensors["held_out_distances"].numpy(), dtype=np.float64),
+            np.asarray(tensors["index"].numpy(), dtype=np.int64),
+        ),
+        tensors["samples"],
+        tensors.get("asked"),
+    )

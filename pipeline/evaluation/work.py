@@ -1,0 +1,128 @@
+"""Sampling and scoring cut into pieces that anyone may do, in any order: this process, or tasks of a cluster.
+
+Where the cuts lie depends on the number of images alone, each piece is one procedure on exactly its rows, and every image
+has its own seed: the answers are the same whoever does the pieces.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from pipeline.data.images import to_pixels
+from pipeline.diffusion.estimate import Likelihood
+from pipeline.diffusion.procedure import drive
+from pipeline.diffusion.randomness import key_seed
+from pipeline.model import Model, Sampling, Scoring
+
+
+@dataclass(frozen=True)
+class SampleWork:
+    """Make one image a seed, of class labels[i] (None: the model has no classes)."""
+
+    seeds: tuple[int, ...]
+    labels: tuple[int, ...] | None
+    how: Sampling
+
+    @property
+    def images(self) -> int:
+        return len(self.seeds)
+
+    def run(self, model: Model) -> Tensor:
+        """uint8 (n, C, H, W), on the CPU."""
+        return to_pixels(drive(model.sampling(self.seeds, self.labels, self.how), model.networks)).cpu()
+
+
+@dataclass(frozen=True)
+class ScoreWork:
+    """Score pixels, uint8 (n, C, H, W)."""
+
+    pixels: Tensor
+    seeds: tuple[int, ...]
+    labels: tuple[int, ...] | None
+    how: Scoring
+
+    @property
+    def images(self) -> int:
+        return len(self.seeds)
+
+    def run(self, model: Model) -> Likelihood:
+        """On the CPU."""
+        found = drive(model.scoring(self.pixels, self.seeds, self.labels, self.how), model.networks)
+        return Likelihood(
+            found.nats.cpu(),
+            {name: value.cpu() for name, value in found.parts.items()},
+            {name: value.cpu() for name, value in found.standard_errors.items()},
+            found.evaluations.cpu(),
+            found.dimensions,
+            None if found.solver_error is None else found.solver_error.cpu(),
+        )
+
+
+Work = SampleWork | ScoreWork
+Result = Tensor | Likelihood
+
+
+class Worker(Protocol):
+    """Whoever does pieces of work with one model."""
+
+    def __call__(self, work: Sequence[Work]) -> Iterator[tuple[int, Result]]:
+        """Yields (place in `work`, result) as they are done, in any order."""
+        ...
+
+
+def here(model: Model) -> Worker:
+    """In this process, one after the other."""
+
+    def run(work: Sequence[Work]) -> Iterator[tuple[int, Result]]:
+        for place, piece in enumerate(work):
+            yield place, piece.run(model)
+
+    return run
+
+
+Progress = Callable[[int], None]  # images done so far
+
+
+def finish(worker: Worker, work: Sequence[Work], progress: Progress | None = None) -> list[Result]:
+    """All results, in the order of `work`.
+
+    Raises:
+        RuntimeError: the worker left a piece undone.
+    """
+    results: list[Result | None] = [None] * len(work)
+    done = 0
+    for place, result in worker(work):
+        results[place] = result
+        done += work[place].images
+        if progress is not None:
+            progress(done)
+    finished = [result for result in results if result is not None]
+    if len(finished) != len(work):
+        raise RuntimeError(f"{len(work) - len(finished)} of {len(work)} pieces of work were left undone")
+    return finished
+
+
+def cuts(n: int, part: int) -> list[slice]:
+    """0..n in pieces of `part`, the last one shorter."""
+    return [slice(start, min(start + part, n)) for start in range(0, n, part)]
+
+
+def sample_work(n: int, classes: int, how: Sampling, part: int, seed: int) -> list[SampleWork]:
+    """n samples, classes in turn; image i depends on (seed, i) and its class alone."""
+    seeds = [key_seed("sample", seed, index) for index in range(n)]
+    labels = [index % classes for index in range(n)] if classes else None
+    return [
+        SampleWork(tuple(seeds[rows]), None if labels is None else tuple(labels[rows]), how) for rows in cuts(n, part)
+    ]
+
+
+def score_work(pixels: Tensor, labels: Tensor | None, how: Scoring, part: int, seed: int) -> list[ScoreWork]:
+    """pixels uint8 (n, C, H, W), labels (n,) or None; image i's estimate depends on (seed, i) and the image alone."""
+    seeds = [key_seed("score", seed, index) for index in range(len(pixels))]
+    known = None if labels is None else labels.tolist()
+    return [
+        ScoreWork(pixels[rows], tuple(seeds[rows]), None if known is None else tuple(known[rows]), how)
+        for rows in cuts(len(pixels), part)
+    ]

@@ -1,0 +1,55 @@
+"""One small Ray cluster for all cluster tests, and a small shard set."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import ShardConfig, shard_in_process
+from tests.data.folders import write_images
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ray on two CPUs of this machine."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    import logging
+
+    import ray
+
+    root = str(Path(__file__).parents[2])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=150 << 20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
+    yield
+    ray.shutdown()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture
+def small_set(tmp_path: Path) -> Manifest:
+    """100 grey 8x8 images in 3 classes, 10 a shard."""
+    write_images(tmp_path / "images", 100, 8, 1)
+    return shard_in_process(
+        ShardConfig(str(tmp_path / "images"), str(tmp_path / "set"), image_size=8, channels=1, samples_per_shard=10)
+    )

@@ -1,0 +1,206 @@
+"""The HTTP application over a service in this process: answers, refusals, keys, streams."""
+
+import asyncio
+import base64
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from pipeline.cluster.http import make_app
+from pipeline.data.images import decode, encode_png
+from pipeline.model import Model, Sampling, Scoring
+from pipeline.serving.service import Service
+
+pytest_plugins = ["tests.serving.conftest"]
+GENERATE, SCORE = "/v1/images/generations", "/v1/likelihood"
+
+
+@pytest.fixture
+def ask(service: Service) -> Callable[..., httpx.Response]:
+    def request(method: str, path: str, **options: Any) -> httpx.Response:
+        async def run() -> httpx.Response:
+            transport = httpx.ASGITransport(make_app(service, service.config), raise_app_exceptions=True)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(run())
+
+    return request
+
+
+def pixels_of(answer: Mapping[str, Any]) -> np.ndarray:
+    return np.stack([decode(base64.b64decode(item["b64_json"]), 1) for item in answer["data"]])
+
+
+def test_images_are_those_of_the_model_in_a_notebook(ask: Callable[..., httpx.Response], tiny: Model) -> None:
+    fields = {"n": 3, "labels": [1, 2, -1], "sampler": "ddim", "steps": 5, "seed": 11, "eta": 0.5}
+    answer = ask("POST", GENERATE, json=fields)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    expected = tiny.sample(3, [1, 2, -1], 11, Sampling("ddim", 5, options={"eta": 0.5}))
+    assert (
+        np.abs(pixels_of(body).astype(int) - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
+    )  # chunks of another size
+    facts = {"model": "tiny", "model_version": "7", "model_digest": tiny.digest, "seed": 11, "evaluations": 5}
+    assert body.items() >= {**facts, "row_evaluations": 15, "size": "8x8"}.items()
+    assert body["trace_id"] == answer.headers["x-request-id"]
+    assert ask("POST", GENERATE, json=fields).json()["data"] == body["data"]
+
+
+def test_a_seed_is_drawn_and_told(ask: Callable[..., httpx.Response]) -> None:
+    first, second = (ask("POST", GENERATE, json={"steps": 2}).json() for _ in range(2))
+    assert first["seed"] != second["seed"]
+    assert ask("POST", GENERATE, json={"steps": 2, "seed": first["seed"]}).json()["data"] == first["data"]
+
+
+def test_a_stream_shows_previews_and_ends_with_the_same_images(ask: Callable[..., httpx.Response]) -> None:
+    fields = {"n": 2, "labels": 3, "guidance": 1.5, "sampler": "ddim", "steps": 6, "seed": 4}
+    whole = ask("POST", GENERATE, json=fields).json()
+    answer = ask("POST", GENERATE, json={**fields, "stream": True, "partial_images": 3})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert [event["type"].rpartition(".")[2] for event in events] == ["partial_image"] * 3 + ["completed"]
+    assert [event["evaluations"] for event in events] == [2, 4, 6, 6]
+    assert [event["partial_image_index"] for event in events[:-1]] == [0, 1, 2]
+    assert events[-1]["data"] == whole["data"]
+    assert np.array_equal(pixels_of(events[2]), pixels_of(whole))  # DDIM ends on the guided x_hat
+
+
+def test_likelihood_is_that_of_the_model_in_a_notebook(
+    ask: Callable[..., httpx.Response], tiny: Model, service: Service, digits: np.ndarray
+) -> None:
+    encoded = [encode_png(image) for image in digits]
+    options = {"levels": 16}
+    fields = {"labels": [0, 1, 2], "seed": 3, "options": options, "estimator": "vlb"}
+    as_json = ask("POST", SCORE, json={**fields, "images": [base64.b64encode(data).decode() for data in encoded]})
+    assert as_json.status_code == 200, as_json.text
+    form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    files = [("images", ("a.png", data, "image/png")) for data in encoded]
+    as_form = ask("POST", SCORE, data=form, files=files)
+    assert as_form.json()["data"] == as_json.json()["data"]
+    pixels = torch.from_numpy(digits).permute(0, 3, 1, 2)
+    expected = tiny.bits_per_dim(pixels, [0, 1, 2], 3, Scoring("vlb", options))
+    body = as_json.json()
+    for index, item in enumerate(body["data"]):
+        assert item["bits_per_dim"] == pytest.approx(float(expected.bits_per_dim[index]), rel=1e-5)
+        assert sum(item["parts_nats"].values()) == pytest.approx(item["nats"])
+        scores = service.held_out["vlb"]
+        below = sum(score < item["bits_per_dim"] for score in scores)
+        assert item["percentile"] == pytest.approx(100 * below / len(scores))
+        assert item["standard_error"] > 0
+    assert body["model_digest"] == tiny.digest
+    assert body["estimator"] == "vlb"
+
+
+def test_a_card_without_scores_gives_no_percentile(ask: Callable[..., httpx.Response], digits: np.ndarray) -> None:
+    files = [("images", ("a.png", encode_png(digits[0]), "image/png"))]
+    body = ask("POST", SCORE, data={"estimator": "ode", "options": '{"tolerance": 0.1}'}, files=files).json()
+    assert body["data"][0]["percentile"] is None
+    assert body["data"][0]["standard_errors_nats"].keys() == {"dequantisation", "probes"}
+
+
+def test_models_are_listed_and_shown(ask: Callable[..., httpx.Response], tiny: Model) -> None:
+    listed = ask("GET", "/v1/models").json()
+    assert [entry["id"] for entry in listed["data"]] == ["tiny"]
+    for name in ("tiny", "tiny@champion"):
+        shown = ask("GET", f"/v1/models/{name}").json()
+        assert shown["digest"] == tiny.digest
+        assert shown["held_out"]["vlb"]["count"] == 300
+        assert shown["samplers"]["heun"]["options"]["churn"] == 0.0
+    assert ask("GET", "/v1/models/other").status_code == 404
+    assert ask("GET", "/healthz").json() == {"status": "ok"}
+    assert len(ask("GET", "/readyz").json()["self_test"]["digest"]) == 64
+
+
+def refusal(answer: httpx.Response) -> tuple[int, str]:
+    body = answer.json()
+    assert body.keys() == {"error", "trace_id"}, body
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    assert answer.headers["content-type"] == "application/json"
+    return answer.status_code, body["error"]["code"]
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "expected"),
+    [
+        ("GET", "/nowhere", {}, (404, "not_found")),
+        ("GET", GENERATE, {}, (405, "method_not_allowed")),
+        ("POST", GENERATE, {"content": b"{}"}, (415, "unsupported_media_type")),
+        ("POST", GENERATE, {"content": b"{", "headers": JSON}, (400, "malformed_body")),
+        ("POST", GENERATE, {"content": b"\xff\xfe", "headers": JSON}, (400, "malformed_body")),
+        ("POST", GENERATE, {"content": b"[" * 100_000, "headers": JSON}, (400, "malformed_body")),
+        ("POST", GENERATE, {"content": b'{"n":' + b"9" * 5000 + b"}", "headers": JSON}, (400, "malformed_body")),
+        ("POST", GENERATE, {"content": b"[]", "headers": JSON}, (400, "malformed_body")),
+        ("POST", GENERATE, {"content": b'{"guidance": NaN}', "headers": JSON}, (400, "invalid_value")),
+        ("POST", GENERATE, {"json": {"n": 10**9}}, (400, "invalid_value")),
+        ("POST", GENERATE, {"json": {"steps": 10**18}}, (400, "invalid_value")),
+        ("POST", GENERATE, {"json": {"sampler": "ddim", "steps": 3, "grid": "leading"}}, (400, "invalid_value")),
+        ("POST", GENERATE, {"json": {"negative_prompt": "x"}}, (400, "unknown_parameter")),
+        ("POST", GENERATE, {"json": {"model": "dall-e-3"}}, (404, "model_not_found")),
+        ("POST", GENERATE, {"json": {"n": 99, "stream": True}}, (400, "invalid_value")),
+        ("POST", SCORE, {"json": {}}, (400, "missing_parameter")),
+        ("POST", SCORE, {"json": {"images": []}}, (400, "invalid_value")),
+        ("POST", SCORE, {"json": {"images": ["%%%"]}}, (400, "invalid_value")),
+        ("POST", SCORE, {"json": {"images": ["AAAA"]}}, (400, "invalid_value")),
+        ("POST", SCORE, {"data": {"seed": "1"}, "files": []}, (415, "unsupported_media_type")),
+        ("POST", SCORE, {"json": {"images": ["A" * 300_000]}}, (413, "request_too_large")),
+        ("POST", GENERATE, {"json": {}, "headers": {"origin": "http://evil.example"}}, (403, "forbidden")),
+        ("POST", GENERATE, {"json": {}, "headers": {"host": "evil.example"}}, (403, "forbidden")),
+    ],
+)
+def test_what_is_refused_is_refused_in_one_schema(
+    ask: Callable[..., httpx.Response], method: str, path: str, options: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    assert refusal(ask(method, path, **options)) == expected
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_limit(ask: Callable[..., httpx.Response]) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 65_536
+            yield b" " * 65_536
+
+    assert refusal(ask("POST", GENERATE, content=endless(), headers=JSON)) == (413, "request_too_large")
+    assert sent < 600_000
+
+
+def test_keys_are_asked_before_the_body_is_read(service: Service) -> None:
+    config = replace(service.config, key_hashes=(hashlib.sha256(b"open sesame").hexdigest(),))
+
+    async def run() -> list[int]:
+        transport = httpx.ASGITransport(make_app(service, config))
+        statuses: list[int] = []
+        async with httpx.AsyncClient(transport=transport, base_url="http://gpu.example") as client:
+            for key in (None, "Bearer wrong", "Basic open sesame", "Bearer open sesame"):
+                headers = {} if key is None else {"authorization": key}
+                answer = await client.get("/v1/models", headers=headers)
+                statuses.append(answer.status_code)
+            statuses.append((await client.get("/")).status_code)
+        return statuses
+
+    assert asyncio.run(run()) == [401, 401, 401, 200, 200]
+
+
+def test_the_openapi_document_has_the_bodies(ask: Callable[..., httpx.Response]) -> None:
+    document = ask("GET", "/openapi.json").json()
+    body = document["paths"][GENERATE]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["additionalProperties"] is False
+    assert {"n", "labels", "seed", "stream"} <= body["properties"].keys()
+    assert document["paths"][SCORE]["post"]["requestBody"]["content"].keys() == {
+        "application/json",
+        "multipart/form-data",
+    }

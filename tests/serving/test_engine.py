@@ -1,0 +1,336 @@
+"""The engine: the same floats in any company, requests that come, go, fail and expire without touching the others."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import wait as wait_for
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.likelihood import ESTIMATORS
+from pipeline.diffusion.procedure import Procedure, Query, drive
+from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.model import Model, Sampling, Scoring
+from pipeline.serving.engine import (
+    DeadlineExceeded,
+    Engine,
+    EngineBusy,
+    EngineClosed,
+    NotFinite,
+    Outcome,
+    Progress,
+)
+
+CHUNK = 4
+
+
+@pytest.fixture
+def engine(tiny: Model) -> Iterator[Engine]:
+    with Engine(tiny.networks, chunk=CHUNK, threads=1) as made:
+        yield made
+
+
+@pytest.fixture
+def calls(tiny: Model) -> Iterator[list[tuple[int, bool]]]:
+    """(rows, with gradient) of each network call."""
+    seen: list[tuple[int, bool]] = []
+    handle = tiny.denoiser.register_forward_hook(
+        lambda _, inputs, __: seen.append((len(inputs[0]), inputs[0].requires_grad))
+    )
+    yield seen
+    handle.remove()
+
+
+def steady(rows: int, evaluations: int, log: list[str] | None = None, value: float = 0.5) -> Procedure[int]:
+    """A procedure that asks `evaluations` times and returns how many answers it had; `log` tells when it is closed."""
+    y, gamma = torch.full((rows, 1, 8, 8), value), torch.zeros(rows, dtype=torch.float64)
+    done = 0
+    try:
+        for _ in range(evaluations):
+            yield Query(y, gamma, Conditioning(torch.zeros(rows, dtype=torch.int64)))
+            done += 1
+        return done
+    finally:
+        if log is not None:
+            log.append("closed")
+
+
+class Gate:
+    """A request that holds the worker in its build until opened, so that others can gather behind it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.future: Future[Outcome[int]] = engine.submit(self._build)
+        assert self.entered.wait(10)
+
+    def _build(self) -> Procedure[int]:
+        self.entered.set()
+        assert self.open.wait(10)
+        return steady(1, 1)
+
+
+def sampled(model: Model, seed: int, n: int, how: Sampling) -> Callable[[], Procedure[Tensor]]:
+    return lambda: model.sampling([1000 * seed + index for index in range(n)], [index % 10 for index in range(n)], how)
+
+
+def scored(model: Model, seed: int, n: int, how: Scoring) -> Callable[[], Procedure[Any]]:
+    pixels = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return lambda: model.scoring(
+        pixels, [1000 * seed + index for index in range(n)], [index % 10 for index in range(n)], how
+    )
+
+
+def mixed_requests(model: Model, count: int) -> list[tuple[int, Callable[[], Procedure[Any]]]]:
+    """(images, build) of all kinds of samplers, guided and not, and of estimators, with many step counts and sizes."""
+    draw = random.Random(0)
+    requests: list[tuple[int, Callable[[], Procedure[Any]]]] = []
+    for seed in range(count):
+        n = draw.choice([1, 1, 2, 3, 7])
+        if seed % 4 == 3:
+            how = Scoring("vlb", {"levels": 5}) if seed % 8 == 3 else Scoring("ode", {"tolerance": 0.5})
+            requests.append((n, scored(model, seed, n, how)))
+        else:
+            how = Sampling(draw.choice(list(SAMPLERS)), draw.randint(2, 5), guidance=draw.choice([1.0, 1.0, 2.5]))
+            requests.append((n, sampled(model, seed, n, how)))
+    return requests
+
+
+def floats(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.stack([value.nats, *value.parts.values()])
+
+
+def test_every_request_has_the_same_floats_alone_and_in_any_mix(tiny: Model, engine: Engine) -> None:
+    requests = mixed_requests(tiny, 24)
+    alone = [floats(engine.submit(build, rows=n).result(60).value) for n, build in requests]
+    offline = [floats(drive(build(), tiny.networks, chunk=CHUNK)) for _, build in requests[:10]]
+    assert all(torch.equal(a, b) for a, b in zip(alone, offline, strict=False)), "engine and offline driver disagree"
+    draw = random.Random(1)
+    for _ in range(3):
+        order = draw.sample(range(len(requests)), len(requests))
+        futures = {index: engine.submit(requests[index][1], rows=requests[index][0]) for index in order}
+        different = [index for index in order if not torch.equal(floats(futures[index].result(60).value), alone[index])]
+        assert not different
+    load = engine.load()
+    assert load.finished == 4 * len(requests)
+    assert load.failed == 0
+    assert load.queued_cost == 0
+    assert load.live_rows == 0
+
+
+def test_every_sampler_and_estimator_is_served(tiny: Model, engine: Engine) -> None:
+    futures: list[Future[Any]] = []
+    for index, name in enumerate(SAMPLERS):
+        futures.append(engine.submit(sampled(tiny, index, 2, Sampling(name, 3)), rows=2))
+    small: dict[str, dict[str, Any]] = {"ode": {"tolerance": 0.1}, "vlb": {"levels": 4}}
+    for index, name in enumerate(ESTIMATORS):
+        futures.append(engine.submit(scored(tiny, index, 1, Scoring(name, small.get(name, {"steps": 5})))))
+    assert all(torch.isfinite(floats(future.result(60).value)).all() for future in futures)
+
+
+def test_the_network_is_called_on_whole_chunks_shared_by_all_requests(
+    engine: Engine, calls: list[tuple[int, bool]]
+) -> None:
+    gate = Gate(engine)
+    futures = [engine.submit(steady(1, evaluations)) for evaluations in (3, 5, 5, 2)]
+    gate.open.set()
+    assert [future.result(10).value for future in futures] == [3, 5, 5, 2]
+    gate.future.result(10)
+    assert {rows for rows, _ in calls} == {CHUNK}
+    # 16 row evaluations: 4 calls of 4 rows, a little more where only the long ones are left; one by one 16 calls
+    assert len(calls) <= 6
+    load = engine.load()
+    assert load.rows == 16
+    assert load.padded_rows == CHUNK * len(calls) - 16
+
+
+def test_a_large_request_takes_turns_with_small_ones(engine: Engine) -> None:
+    gate = Gate(engine)
+    large = engine.submit(steady(40, 20), rows=40)
+    small = engine.submit(steady(1, 3))
+    gate.open.set()
+    small.result(10)
+    assert not large.done()
+    outcome = large.result(30)
+    assert (outcome.value, outcome.evaluations, outcome.row_evaluations) == (20, 20, 800)
+
+
+def test_a_query_with_probes_forms_its_own_call_and_sampling_never_pays_for_it(
+    tiny: Model, engine: Engine, calls: list[tuple[int, bool]]
+) -> None:
+    gate = Gate(engine)
+    futures: list[Future[Any]] = [engine.submit(scored(tiny, 1, 2, Scoring("ode", {"tolerance": 0.1})), rows=2)]
+    futures += [engine.submit(sampled(tiny, 2, 2, Sampling(steps=5)), rows=2)]
+    gate.open.set()
+    wait_for(futures, 60)
+    assert sum(not grad for _, grad in calls) == 1 + 9  # the gate's and Heun's
+    assert any(grad for _, grad in calls)
+    assert not futures[1].result().value.is_inference()
+
+
+@pytest.mark.parametrize("rows", [1, 13])
+def test_a_cancelled_request_has_at_most_one_more_call(tiny: Model, engine: Engine, rows: int) -> None:
+    draw = random.Random(rows)
+    for _ in range(30):
+        log: list[str] = []
+        started = threading.Event()
+        future = engine.submit(steady(rows, 10_000, log), rows=rows, on_progress=lambda _, s=started: s.set())
+        assert started.wait(10)
+        time.sleep(draw.random() * 0.003)
+        before = engine.load().calls
+        assert future.cancel()
+        after_told = engine.load().calls
+        while engine.load().live:
+            time.sleep(0.0005)
+        assert log == ["closed"]
+        assert engine.load().calls - after_told <= 1
+        assert before <= after_told
+        with pytest.raises(CancelledError):
+            future.result(0)
+    assert engine.load().cancelled == 30
+    assert engine.load().queued_cost == 0
+
+
+def test_cancelling_a_waiting_request_never_builds_it(tiny: Model) -> None:
+    built: list[int] = []
+
+    def build() -> Procedure[int]:
+        built.append(1)
+        return steady(1, 1)
+
+    with Engine(tiny.networks, chunk=CHUNK, max_live_rows=1, threads=1) as engine:
+        gate = Gate(engine)
+        waiting = engine.submit(build)
+        assert waiting.cancel()
+        after = engine.submit(steady(1, 2))
+        gate.open.set()
+        assert after.result(10).value == 2
+    assert not built
+
+
+def test_a_deadline_ends_a_live_request_and_a_waiting_one_takes_no_step(tiny: Model) -> None:
+    with Engine(tiny.networks, chunk=CHUNK, max_live_rows=1, threads=1) as engine:
+        live = engine.submit(steady(1, 10**9), deadline_s=0.3)
+        waiting = engine.submit(steady(1, 1), deadline_s=0.2)
+        with pytest.raises(DeadlineExceeded, match="after 0 network evaluations"):
+            waiting.result(10)
+        with pytest.raises(DeadlineExceeded, match=r"after [1-9]\d* network evaluations"):
+            live.result(10)
+        assert engine.load().expired == 2
+        assert engine.load().queued_cost == 0
+
+
+def failing(kind: str) -> Procedure[int]:
+    query = Query(
+        torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.float64), Conditioning(torch.zeros(2, dtype=torch.int64))
+    )
+    yield query
+    if kind == "nan":
+        yield Query(torch.full_like(query.y, float("nan")), query.gamma, query.conditioning)
+    elif kind == "label":
+        yield Query(query.y, query.gamma, Conditioning(torch.full((2,), 99)))
+    elif kind == "network":
+        yield Query(query.y, query.gamma, query.conditioning, network="missing")
+    raise ZeroDivisionError("in the procedure")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        ("nan", NotFinite, "not finite"),
+        ("label", IndexError, "index out of range"),
+        ("network", ValueError, "no network 'missing'"),
+        ("raise", ZeroDivisionError, "in the procedure"),
+    ],
+)
+def test_a_failing_request_fails_alone(
+    tiny: Model, engine: Engine, kind: str, error: type[Exception], text: str
+) -> None:
+    how = Sampling("ddim", 6)
+    reference = engine.submit(sampled(tiny, 3, 1, how)).result(30).value
+    gate = Gate(engine)
+    good = [engine.submit(sampled(tiny, 3, 1, how)) for _ in range(3)]
+    bad = engine.submit(failing(kind), rows=2, name="the bad one")
+    more = [engine.submit(sampled(tiny, 3, 1, how)) for _ in range(3)]
+    gate.open.set()
+    with pytest.raises(error, match=text) as caught:
+        bad.result(30)
+    assert "the bad one, evaluation 2" in caught.value.__notes__[0]
+    assert all(torch.equal(future.result(30).value, reference) for future in (*good, *more))
+    assert engine.load().failed == 1
+    assert engine.alive
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(tiny: Model) -> None:
+    with Engine(tiny.networks, chunk=CHUNK, max_queued_cost=100, threads=1) as engine:
+        gate = Gate(engine)
+        first = engine.submit(steady(1, 90), cost=90)
+        with pytest.raises(EngineBusy, match="91 row evaluations are queued; 20 more would pass 100") as caught:
+            engine.submit(steady(1, 20), cost=20)
+        assert caught.value.retry_after_s >= 1
+        gate.open.set()
+        first.result(30)
+        assert engine.submit(steady(1, 20), cost=20).result(30).value == 20
+        assert engine.load().queued_cost == 0
+
+
+def test_images_in_progress_stay_within_their_limit(tiny: Model) -> None:
+    most = 0
+    with Engine(tiny.networks, chunk=CHUNK, max_live_rows=10, threads=1) as engine:
+
+        def look(_: Progress) -> None:
+            nonlocal most
+            most = max(most, engine.load().live_rows)
+
+        futures = [engine.submit(steady(4, 5), rows=4, on_progress=look) for _ in range(8)]
+        futures.append(engine.submit(steady(30, 2), rows=30, on_progress=lambda _: None))
+        assert [future.result(30).value for future in futures] == [5] * 8 + [2]
+    assert most == 8
+
+
+def test_progress_counts_evaluations_and_shows_x_hat(tiny: Model, engine: Engine) -> None:
+    seen: list[Progress] = []
+    value = engine.submit(sampled(tiny, 1, 3, Sampling("ddim", 5)), rows=3, on_progress=seen.append).result(30).value
+    assert [progress.evaluations for progress in seen] == [1, 2, 3, 4, 5]
+    assert torch.equal(seen[-1].x_hat, value)  # DDIM's last move goes to x_hat
+
+
+def test_closing_drains_or_stops(tiny: Model) -> None:
+    engine = Engine(tiny.networks, chunk=CHUNK, threads=1)
+    gate = Gate(engine)
+    accepted = engine.submit(steady(1, 30))
+    closer = threading.Thread(target=engine.close, kwargs={"drain": True})
+    closer.start()
+    time.sleep(0.05)
+    with pytest.raises(EngineClosed, match="closing"):
+        engine.submit(steady(1, 1))
+    gate.open.set()
+    closer.join(20)
+    assert accepted.result(0).value == 30
+    assert not engine.alive
+
+    engine, log = Engine(tiny.networks, chunk=CHUNK, threads=1), []
+    future = engine.submit(steady(1, 10**9, log))
+    time.sleep(0.05)
+    assert engine.close(timeout_s=20)
+    with pytest.raises(EngineClosed, match="before the request was done"):
+        future.result(0)
+    assert log == ["closed"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_of_the_engine_leaves_nobody_waiting(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny.networks, chunk=CHUNK, threads=1)
+    monkeypatch.setattr(engine, "_oldest", lambda: 1 / 0)
+    future = engine.submit(steady(1, 5))
+    with pytest.raises(EngineClosed, match="the engine has failed: ZeroDivisionError"):
+        future.result(10)
+    engine.close(timeout_s=10)
+    assert not engine.alive
+    with pytest.raises(EngineClosed, match="has failed"):
+        engine.submit(steady(1, 1))

@@ -5,6 +5,7 @@ with the same seed, so it comes to the same bytes.
 """
 
 import logging
+import os
 import socket
 import time
 import urllib.request
@@ -18,6 +19,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from pipeline.cluster.http import make_app
+from pipeline.data import storage
 from pipeline.model import Model, load
 from pipeline.serving.requests import Refused, ServingConfig
 from pipeline.serving.service import Identity, Service, refused
@@ -59,6 +61,10 @@ class Replica:
         except Exception as error:
             yield _logged(error)
 
+    async def status(self) -> dict[str, Any]:
+        """The process, the model and the engine's load."""
+        return {"process": os.getpid(), "model": await self.service.entry(), "load": asdict(self.service.engine.load())}
+
     def check_health(self) -> None:
         """Ray Serve replaces a replica whose check raises."""
         if not self.service.engine.alive:
@@ -89,7 +95,7 @@ def _load(config: ServingConfig, tracking_uri: str | None) -> tuple[Model, Ident
 
     url = config.model
     if url is None:
-        raise ValueError("serving.model is null: name a model, for example models:/digits@champion")
+        raise ValueError("serving.model names no model: give models:/NAME@alias or a model directory")
     device = "cuda" if config.gpus_per_replica > 0 and torch.cuda.is_available() else "cpu"
     if not url.startswith("models:/"):
         model = load(url, device)
@@ -216,6 +222,7 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
     Raises:
         ValueError: no such model, a failed self-test, or a port that is taken.
     """
+    _check_model(config, tracking_uri)
     running = APPLICATION in serve.status().applications if _serve_runs() else False
     port = config.port if config.port else _free_port(config.host)
     if not running and not _is_free(config.host, port):
@@ -233,9 +240,33 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
     return url
 
 
+def status(timeout_s: float = 30.0) -> list[dict[str, Any]]:
+    """Process, model and load of a replica that answers.
+
+    Raises:
+        ValueError: nothing is served.
+    """
+    if not _serve_runs() or APPLICATION not in serve.status().applications:
+        raise ValueError("nothing is served on this cluster: start it with jobs.serve")
+    handle: Any = serve.get_deployment_handle("engine", APPLICATION)
+    return [handle.status.remote().result(timeout_s=timeout_s)]
+
+
 def shutdown() -> None:
     """End the endpoint and Ray Serve, all its replicas and proxies."""
     serve.shutdown()
+
+
+def _check_model(config: ServingConfig, tracking_uri: str | None) -> None:
+    """Raises ValueError or FileNotFoundError where there is no such model, before anything is started."""
+    if config.model is None:
+        raise ValueError("serving.model names no model: give models:/NAME@alias or a model directory")
+    if config.model.startswith("models:/"):
+        from pipeline.tracking import registry
+
+        registry.resolve(config.model, tracking_uri=tracking_uri)
+    elif not storage.exists(storage.join(config.model, "digests.json")):
+        raise FileNotFoundError(f"no committed model at {config.model}")
 
 
 def _serve_runs() -> bool:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
 
 from pipeline import assembly
 from pipeline.cluster.channel import Speaker, listen, open_channel

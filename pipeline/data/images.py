@@ -28,6 +28,7 @@ UInt8s = NDArray[np.uint8]
 
 GREY_LEVELS = 256
 PIXEL_BIN = 2.0 / GREY_LEVELS
+FIRST_LEVEL = PIXEL_BIN / 2 - 1.0  # where level 0 lies in model space
 LOG_VOLUME_NATS_PER_DIM = -math.log(
     PIXEL_BIN
 )  # log 128: add to nats per dimension in x to get nats per dimension in pixels

@@ -1,22 +1,32 @@
 """Noise schedules: the time law gamma(t), the scalings gamma -> (alpha, sigma), and the grids samplers walk on.
 
-gamma = log(sigma^2 / alpha^2) = -log SNR is the only noise coordinate. t runs from 0 (data) to 1 (noise) over the part of the
-law that is kept; laws that reach infinity are cut. A law is told by three facts: `gamma(t)`, its inverse `time(gamma)`, and the
-end points `gamma_min`, `gamma_max`. Laws defined at T discrete steps also have `table`, gamma at step index 0..T-1, with
-t = index / (T - 1) and linear interpolation between the nodes.
+gamma = log(sigma^2 / alpha^2) = -log SNR is the only noise coordinate. t runs from 0 (data) to 1 (noise) over the part
+of the law that is kept; laws that reach infinity are cut. A law is told by three facts: `gamma(t)`, its inverse
+`time(gamma)`, and the end points `gamma_min`, `gamma_max`. Laws defined at T discrete steps also have `table`, gamma at
+step index 0..T-1, with t = index / (T - 1) and linear interpolation between the nodes.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.choose import choose
+
+
+class _Special(Protocol):
+    """The normal distribution function and its inverse, which torch leaves untyped."""
+
+    def ndtr(self, value: Tensor) -> Tensor: ...
+    def ndtri(self, value: Tensor) -> Tensor: ...
+
+
+_special = cast(_Special, torch.special)
 
 GAMMA_LIMIT = 20.0  # |gamma| beyond this is refused: float32 cannot carry what lies there
 
@@ -40,7 +50,7 @@ def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     return torch.autograd.grad(function(t).sum(), t)[0]
 
 
-# --- laws with a published table -----------------------------------------------------------------------------------
+# --- laws with a published table --------------------------------------------------------------------------------------
 
 
 class Tabulated:
@@ -63,8 +73,8 @@ class Tabulated:
         if table.abs().max() > self.gamma_limit:
             index = int((table.abs() > self.gamma_limit).nonzero()[0])
             raise ValueError(
-                f"schedule: gamma is {table[index]:.2f} at step index {index}, beyond gamma_limit {self.gamma_limit:g}; "
-                f"use fewer steps or a larger gamma_limit"
+                f"schedule: gamma is {table[index]:.2f} at step index {index}, beyond gamma_limit "
+                f"{self.gamma_limit:g}; use fewer steps or a larger gamma_limit"
             )
         return table
 
@@ -92,6 +102,14 @@ class Tabulated:
         return (position / (self.steps - 1)).to(gamma.dtype)
 
 
+def _check_range(gamma_min: float, gamma_max: float) -> None:
+    if not -GAMMA_LIMIT <= gamma_min < gamma_max <= GAMMA_LIMIT:
+        raise ValueError(
+            f"schedule: need {-GAMMA_LIMIT:g} <= gamma_min < gamma_max <= {GAMMA_LIMIT:g}, "
+            f"got {gamma_min:g} and {gamma_max:g}"
+        )
+
+
 def _check_steps(steps: int) -> None:
     if steps < 2:
         raise ValueError(f"schedule.steps must be at least 2, got {steps}")
@@ -108,12 +126,19 @@ class LinearBeta(Tabulated):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
+        if not 0 < self.beta_start <= self.beta_end:
+            raise ValueError(
+                f"schedule linear_beta: need 0 < beta_start <= beta_end, got {self.beta_start:g} and {self.beta_end:g}"
+            )
 
     def betas(self) -> Tensor:
         scale = 1000 / self.steps
         betas = torch.linspace(self.beta_start * scale, self.beta_end * scale, self.steps, dtype=torch.float64)
         if betas.max() >= 1:
-            raise ValueError(f"schedule linear_beta: beta reaches {betas.max():.3g} >= 1 with steps {self.steps}; use at least 21 steps")
+            raise ValueError(
+                f"schedule linear_beta: beta reaches {betas.max():.3g} >= 1 with steps {self.steps}; "
+                f"use more than {math.floor(1000 * self.beta_end)} steps"
+            )
         return betas
 
 
@@ -128,6 +153,10 @@ class Cosine(Tabulated):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
+        if not (self.s > 0 and 0 < self.max_beta < 1):
+            raise ValueError(
+                f"schedule cosine: need s above 0 and max_beta in (0, 1), got {self.s:g} and {self.max_beta:g}"
+            )
 
     def betas(self) -> Tensor:
         t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
@@ -135,16 +164,22 @@ class Cosine(Tabulated):
         return (1 - f[1:] / f[:-1]).clamp(max=self.max_beta)
 
 
-# --- continuous laws -----------------------------------------------------------------------------------------------
+# --- continuous laws --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class VP:
-    """The variance-preserving SDE (Song et al. 2021, eq. 32): log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2, t from t_min to 1."""
+    """The variance-preserving SDE (Song et al. 2021, eq. 32): log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2, t from t_min."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max < math.inf:
+            raise ValueError(f"schedule: need 0 < beta_min <= beta_max, got {self.beta_min:g} and {self.beta_max:g}")
+        if not 0 < self.t_min < 1:
+            raise ValueError(f"schedule: t_min must be above 0, where no noise is left, and below 1: {self.t_min:g}")
 
     def _sde_time(self, t: Tensor) -> Tensor:
         return self.t_min + (1 - self.t_min) * t
@@ -200,10 +235,7 @@ class LinearGamma:
     gamma_max: float = 5.0
 
     def __post_init__(self) -> None:
-        if not -GAMMA_LIMIT <= self.gamma_min < self.gamma_max <= GAMMA_LIMIT:
-            raise ValueError(
-                f"schedule: need {-GAMMA_LIMIT:g} <= gamma_min < gamma_max <= {GAMMA_LIMIT:g}, got {self.gamma_min:g} and {self.gamma_max:g}"
-            )
+        _check_range(self.gamma_min, self.gamma_max)
 
     def gamma(self, t: Tensor) -> Tensor:
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t
@@ -222,6 +254,7 @@ class Geometric:
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"schedule: need 0 < sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}")
+        _check_range(self.gamma_min, self.gamma_max)
 
     @property
     def gamma_min(self) -> float:
@@ -240,9 +273,9 @@ class Geometric:
 
 @dataclass(frozen=True)
 class EDM(Geometric):
-    """EDM's levels (Karras et al. 2022): ln sigma ~ N(p_mean, p_std^2) cut to [sigma_min, sigma_max]; gamma(t) is its quantile.
+    """EDM's levels (Karras et al. 2022): ln sigma ~ N(p_mean, p_std^2) cut to [sigma_min, sigma_max].
 
-    So a uniform t draws sigma from EDM's training density.
+    gamma(t) is its quantile, so a uniform t draws sigma from EDM's training density.
     """
 
     sigma_min: float = 0.002
@@ -250,8 +283,13 @@ class EDM(Geometric):
     p_mean: float = -1.2
     p_std: float = 1.2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.p_std > 0:
+            raise ValueError(f"schedule edm: p_std must be above 0, got {self.p_std:g}")
+
     def _cdf(self, gamma: Tensor) -> Tensor:
-        return torch.special.ndtr((gamma / 2 - self.p_mean) / self.p_std)
+        return _special.ndtr((gamma / 2 - self.p_mean) / self.p_std)
 
     def _ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
         ends = torch.tensor([self.gamma_min, self.gamma_max], dtype=torch.float64, device=like.device)
@@ -260,7 +298,7 @@ class EDM(Geometric):
 
     def gamma(self, t: Tensor) -> Tensor:
         low, high = self._ends(t)
-        quantile = torch.special.ndtri(low + (high - low) * t.double())
+        quantile = _special.ndtri(low + (high - low) * t.double())
         gamma = 2 * (self.p_mean + self.p_std * quantile)
         return gamma.clamp(self.gamma_min, self.gamma_max).to(t.dtype)
 
@@ -275,6 +313,9 @@ class Flow:
 
     gamma_min: float = -13.3
     gamma_max: float = 14.0
+
+    def __post_init__(self) -> None:
+        _check_range(self.gamma_min, self.gamma_max)
 
     def _tau_ends(self) -> tuple[float, float]:
         return 1 / (1 + math.exp(-self.gamma_min / 2)), 1 / (1 + math.exp(-self.gamma_max / 2))
@@ -295,9 +336,9 @@ class Flow:
 class LearnedGamma(nn.Module):
     """A monotone law with learnt interior, end points fixed (default) or learnt.
 
-    shape 'net': l1(t) + l3(sigmoid(l2(l1(t)))) with positive weights, `hidden` units; 'scalar': a straight line, so that only
-    the end points can learn. The raw curve is rescaled so that gamma(0) and gamma(1) are exactly the end points: what a
-    network is conditioned on (normalised gamma) is then always consistent with the law.
+    shape 'net': l1(t) + l3(sigmoid(l2(l1(t)))) with positive weights, `hidden` units; 'scalar': a straight line, so
+    that only the end points can learn. The raw curve is rescaled so that gamma(0) and gamma(1) are exactly the end
+    points: what a network is conditioned on (normalised gamma) is then always consistent with the law.
     """
 
     def __init__(
@@ -399,7 +440,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
-# --- scalings ----------------------------------------------------------------------------------------------------------
+# --- scalings ---------------------------------------------------------------------------------------------------------
 
 
 def _subvp_alpha(gamma: Tensor) -> Tensor:
@@ -431,7 +472,7 @@ def step_variance(scaling: str, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
     return ratio * torch.exp(gamma_t) * -torch.expm1(gamma_s - gamma_t)
 
 
-# --- grids: the levels a sampler queries, descending, float64 --------------------------------------------------------------
+# --- grids: the levels a sampler queries, descending, float64 ---------------------------------------------------------
 
 
 def _uniform_t(schedule: Schedule, steps: int) -> Tensor:
@@ -443,7 +484,7 @@ def _uniform_gamma(schedule: Schedule, steps: int) -> Tensor:
 
 
 def _rho(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
-    """EDM's grid, s_i = (s_max^(1/rho) + i / (N - 1) (s_min^(1/rho) - s_max^(1/rho)))^rho (Karras et al. 2022, eq. 5)."""
+    """EDM's grid, s_i = (s_max^(1/rho) + i / (N - 1) (s_min^(1/rho) - s_max^(1/rho)))^rho (Karras et al. 2022)."""
     first, last = (math.exp(g / 2 / rho) for g in (schedule.gamma_max, schedule.gamma_min))
     return 2 * rho * torch.log(torch.linspace(first, last, steps, dtype=torch.float64))
 
@@ -451,7 +492,10 @@ def _rho(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
 def _table(schedule: Schedule, name: str) -> Tensor:
     table = getattr(schedule, "table", None)
     if table is None:
-        raise ValueError(f"grid '{name}' picks from a table of discrete steps, which {type(schedule).__name__} has not; use uniform_t, uniform_gamma or rho")
+        raise ValueError(
+            f"grid '{name}' picks from a table of discrete steps, which {type(schedule).__name__} has not; "
+            f"use uniform_t, uniform_gamma or rho"
+        )
     return table
 
 
@@ -475,10 +519,13 @@ def _linspace(schedule: Schedule, steps: int) -> Tensor:
 
 
 def _quadratic(schedule: Schedule, steps: int) -> Tensor:
-    """Indices floor(linspace(0, sqrt(0.8 T), N)^2) (Song et al. 2020, DDIM)."""
+    """Indices floor(linspace(0, sqrt(0.8 T), N)^2) (Song et al. 2020, DDIM), each once: the first few can repeat.
+
+    So the grid may have fewer than N levels; the published code asks again there, and does not move.
+    """
     table = _table(schedule, "quadratic")
     index = torch.linspace(0, math.sqrt(0.8 * len(table)), steps, dtype=torch.float64).square().long()
-    return table[index].flip(0)
+    return table[index[index.diff(prepend=index.new_tensor([-1])) > 0]].flip(0)
 
 
 GRIDS: dict[str, Callable[..., Tensor]] = {
@@ -502,7 +549,7 @@ def explicit_grid(schedule: Schedule, indices: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def grid(name: str, schedule: Schedule, steps: int, **options: float) -> Tensor:
-    """The levels to query: gamma, float64 (steps,), strictly descending within the law's range.
+    """The levels to query: gamma, float64 (steps,), strictly descending within the law's range ('quadratic': at most).
 
     The last move, from the lowest level to s = 0, is no query.
 

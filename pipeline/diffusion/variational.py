@@ -19,12 +19,13 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.decoders import PixelGrid, expected_softmax
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.loss import Loss, draw_noise, draw_uniform, regress
 from pipeline.diffusion.randomness import StepKey
-from pipeline.diffusion.schedule import SCALINGS, LearnedGamma, Schedule, derivative
+from pipeline.diffusion.schedule import SCALINGS, LearnedGamma, LinearGamma, Schedule, derivative
 
 BIT = math.log(2)
 
@@ -82,13 +83,18 @@ class Path(NamedTuple):
     fraction: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-def path(schedule: Schedule, t: Tensor) -> Path:
-    """The law at t (b,) float64, for the continuous bound."""
+def path(schedule: Schedule, t: Tensor, density: str = "schedule") -> Path:
+    """The law at t (b,) float64, for the continuous bound; density 'uniform_gamma' puts the straight line for it.
+
+    Raises:
+        ValueError: another density than its own for a learnt law.
+    """
     if not isinstance(schedule, LearnedGamma):
-        low, high = (
-            torch.tensor(g, dtype=torch.float64, device=t.device) for g in (schedule.gamma_min, schedule.gamma_max)
-        )
-        return Path(schedule.gamma(t), derivative(schedule.gamma, t), low, high)
+        low, high = t.new_tensor([schedule.gamma_min, schedule.gamma_max])
+        law = LinearGamma(schedule.gamma_min, schedule.gamma_max) if density == "uniform_gamma" else schedule
+        return Path(law.gamma(t), derivative(law.gamma, t), low, high)
+    if density != "schedule":
+        raise ValueError("a learned schedule is its own density: set objective.density: schedule")
     low, high = schedule.ends
     fraction, slope, curvature = schedule.interior(t)
     interior = (fraction, slope, curvature.detach()) if fraction.requires_grad else None
@@ -116,15 +122,22 @@ class VLB:
     steps 0, continuous time: diffusion = 1/2 gamma'(t) |eps_hat - eps|^2 (eq. 17). steps T: T/2 expm1(gamma_t -
     gamma_s) |eps_hat - eps|^2 with t uniform on 1/T..1 and s = t - 1/T (eq. 14); a learnt schedule then follows the
     bound throughout. Only the diffusion term is drawn: prior and reconstruction are exact.
+
+    In continuous time the value depends on the end points alone; laws that hurry through part of the range (edm, flow)
+    make its estimate noisy, which density 'uniform_gamma' mends.
     """
 
     steps: Annotated[int, "steps T of the discrete bound; 0: continuous time"] = 0
+    density: Annotated[str, "continuous time: draw gamma by the schedule's t (schedule) or uniform_gamma"] = "schedule"
     stratified: Annotated[bool, "spread the times of the global batch evenly over 0..1 (less variance)"] = True
     pixels: Annotated[PixelGrid, "where the grey levels lie in model space"] = field(default_factory=PixelGrid)
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"objective vlb: steps must be at least 0 (0: continuous time), got {self.steps}")
+        choose(dict.fromkeys(("schedule", "uniform_gamma")), self.density, "objective.density")
+        if self.steps and self.density != "schedule":
+            raise ValueError("objective vlb: density 'uniform_gamma' goes with continuous time alone, steps: 0")
 
     def loss(self, denoiser: Denoiser, x: Tensor, conditioning: Conditioning, key: StepKey) -> Loss:
         """x on the pixel grid. Raises ValueError where it is not."""
@@ -141,7 +154,7 @@ class VLB:
         return Loss(per_image, {name: part.detach() for name, part in parts.items()}, p.gamma.detach())
 
     def _continuous(self, schedule: Schedule, t: Tensor) -> tuple[Path, Tensor]:
-        p = path(schedule, t)
+        p = path(schedule, t, self.density)
         return p, 0.5 * p.slope
 
     def _discrete(self, schedule: Schedule, t: Tensor) -> tuple[Path, Tensor]:

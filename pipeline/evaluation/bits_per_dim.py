@@ -17,8 +17,8 @@ class Scores:
     """bits_per_dim: one an image; estimator_errors: standard error of each from the estimator's own draws.
 
     mean +- standard_error: over images like these, the spread of images and the estimator's noise together;
-    estimator_error: of the mean over exactly these images, the estimator's noise alone. parts: means that sum to `mean`.
-    evaluations: mean network evaluations an image.
+    estimator_error: of the mean over exactly these images, the estimator's noise alone.
+    parts: means that sum to `mean`; evaluations: mean network evaluations an image.
     """
 
     estimator: str

@@ -16,14 +16,10 @@ class EvaluationConfig:
         default_factory=lambda: {"vlb": {}, "ode": {}}
     )
     images: Annotated[int, "held-out images that are scored, the first ones; 0: all"] = 0
-    judge_images: Annotated[int, "training images that judges, features and near-copies are measured on, at most"] = (
-        20_000
-    )
+    judge_images: Annotated[int, "training images, at most, that samples are judged by"] = 20_000
     part: Annotated[int, "images of one piece of work, the rows of a network call"] = 125
     features: Annotated[str, "where the Frechet distance is taken: auto, classifier, pixels"] = "auto"
-    near_copy_share: Annotated[float, "share of held-out images that count as near-copies: this sets the distance"] = (
-        0.01
-    )
+    near_copy_share: Annotated[float, "share of held-out images counted as near-copies: sets the distance"] = 0.01
     resamples: Annotated[int, "bootstrap resamples of the Frechet distance"] = 200
     min_agreement: Annotated[float | None, "share of samples with the asked class that is demanded; null: none"] = None
     max_frechet_ratio: Annotated[float | None, "Frechet distance demanded, in floors; null: none"] = None

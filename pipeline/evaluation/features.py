@@ -1,4 +1,4 @@
-"""Where the Frechet distance is taken: features of a classifier trained here on the training images, or of their pixels.
+"""Where the Frechet distance is taken: features of a classifier made here of the training images, or of their pixels.
 
 A network trained on photographs (Inception) would need a download and says little about scans of digits or cells; a
 classifier of the very classes that the model is asked for sees what matters to them. It is made anew from the training

@@ -1,4 +1,4 @@
-"""The whole evaluation of a model: held-out likelihood, samples, their quality, near-copies; its numbers, rows and file."""
+"""The whole evaluation of a model: likelihood, sample quality, near-copies; its numbers, its table and its file."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -202,7 +202,7 @@ def passed(table: list[Row]) -> bool:
 
 
 def save(url: str, found: Evaluation, key: Mapping[str, Any]) -> None:
-    """Write an evaluation under `url`. key: JSON facts that it belongs to (model digest, manifest digest, configuration)."""
+    """Write an evaluation under `url`. key: JSON facts it belongs to (digests of model and data, configuration)."""
     tensors = {
         "samples": found.samples.contiguous(),
         "distances": torch.from_numpy(found.copies.distances),

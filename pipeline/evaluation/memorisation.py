@@ -66,12 +66,12 @@ class Memorisation:
 
     @property
     def median_ratio(self) -> float:
-        """Median distance of samples over that of held-out images: below 1, samples keep closer to the training images."""
+        """Median distance of samples over that of held-out images: below 1, samples are closer to the training set."""
         return float(np.median(self.distances) / max(np.median(self.held_out_distances), 1e-12))
 
 
 def memorisation(samples: Tensor, train: Tensor, held_out: Tensor, near_copy_share: float) -> Memorisation:
-    """Near-copies among samples, by the distance that `near_copy_share` of the held-out images keep below; uint8 images."""
+    """Near-copies among samples, by the distance that `near_copy_share` of held-out images keep below; uint8 images."""
     ours, theirs = nearest(samples, train), nearest(held_out, train)
     threshold = float(np.quantile(theirs.distance, near_copy_share, method="higher"))
     close, known = int((ours.distance <= threshold).sum()), int((theirs.distance <= threshold).sum())

@@ -67,13 +67,13 @@ def _root(covariance: Floats) -> Floats:
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def frechet(a: Moments, b: Moments, root_a: Floats | None = None) -> float:
+def frechet(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), the squared 2-Wasserstein distance of two Gaussians.
 
-    (Dowson & Landau 1982; Heusel et al. 2017.) The root is of a symmetric positive matrix, by eigenvalues: no general matrix
-    root, no imaginary part, no constant added to singular covariances. root_a: C_a^1/2 where it is known.
+    (Dowson & Landau 1982; Heusel et al. 2017.) The root is of a symmetric matrix, by eigenvalues: no general matrix root,
+    no imaginary part, no constant added to singular covariances.
     """
-    root = _root(a.covariance) if root_a is None else root_a
+    root = _root(a.covariance)
     inner = root @ b.covariance @ root
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh((inner + inner.T) / 2), 0.0)).sum()
     gap = a.mean - b.mean
@@ -88,8 +88,8 @@ def frechet_distance(a: Floats, b: Floats) -> float:
 def frechet_estimate(a: Floats, b: Floats, resamples: int, seed: int) -> Estimate:
     """The Frechet distance with a 95% interval by the bootstrap of both sets.
 
-    The distance of finite sets is biased upward, and a resample's once more by about as much: the interval is that of the
-    resamples, shifted by their mean excess, and so one for the distance at these numbers of rows.
+    The distance of finite sets is biased upward, and a resample's once more by about as much: the interval is that of
+    the resamples, shifted by their mean excess, and so one for the distance at these numbers of rows.
     """
     value = frechet_distance(a, b)
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 """Sampling and scoring cut into pieces that anyone may do, in any order: this process, or tasks of a cluster.
 
-Where the cuts lie depends on the number of images alone, each piece is one procedure on exactly its rows, and every image
-has its own seed: the answers are the same whoever does the pieces.
+Where the cuts lie depends on the number of images alone, each piece is one procedure on exactly its rows, and every
+image has its own seed: the answers are the same whoever does the pieces.
 """
 
 from collections.abc import Callable, Iterator, Sequence

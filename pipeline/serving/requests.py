@@ -181,9 +181,7 @@ def parse_form(content_type: str, body: bytes) -> tuple[dict[str, Any], list[byt
             raise RequestError("a part of the multipart body has no name", code="malformed_body")
         if headers.get_filename() is not None or name == "images":
             if name != "images":
-                raise RequestError(
-                    f"a file is sent as 'images', got '{name[:64]}'", name[:64], code="unknown_parameter"
-                )
+                raise RequestError(f"files go into 'images', got '{name[:64]}'", name[:64], code="unknown_parameter")
             files.append(content)
         elif name in fields:
             raise RequestError(f"'{name[:64]}' is given twice", name[:64])

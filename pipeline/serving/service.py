@@ -125,7 +125,7 @@ class Service:
 
     # --- what the model is --------------------------------------------------------------------------------------------
 
-    def entry(self) -> dict[str, Any]:
+    async def entry(self) -> dict[str, Any]:
         """The model as `GET /v1/models` lists it."""
         facts = {**asdict(self.identity), "aliases": list(self.identity.aliases)}
         return {**facts, "object": "model", "created": self.created, "owned_by": "raydiffusion"}
@@ -134,7 +134,7 @@ class Service:
         """The model as `GET /v1/models/{id}` shows it: its card, and all that a form needs to ask it."""
         config = self.model.config
         return {
-            **self.entry(),
+            **await self.entry(),
             "size": config.size,
             "channels": config.channels,
             "class_names": class_names(self.model),

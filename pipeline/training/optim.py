@@ -112,7 +112,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def clip_scale(norm: Tensor, clip_norm: float) -> Tensor | None:
-    """What to divide the gradients by so that their norm is at most `clip_norm`, float32 (); None where it is 0: no clip."""
+    """What to divide the gradients by so that their norm is at most `clip_norm`, float32 (); None where that is 0."""
     return (norm / clip_norm).clamp(min=1.0).float() if clip_norm > 0 else None
 
 

@@ -145,7 +145,12 @@ JSON = {"content-type": "application/json"}
         ("POST", GENERATE, {"content": b'{"guidance": NaN}', "headers": JSON}, (400, "invalid_value")),
         ("POST", GENERATE, {"json": {"n": 10**9}}, (400, "invalid_value")),
         ("POST", GENERATE, {"json": {"steps": 10**18}}, (400, "invalid_value")),
-        ("POST", GENERATE, {"json": {"sampler": "ddim", "steps": 3, "grid": "leading"}}, (400, "invalid_value")),
+        (
+            "POST",
+            GENERATE,
+            {"json": {"sampler": "predictor_corrector", "options": {"predictor": "no"}}},
+            (400, "invalid_value"),
+        ),
         ("POST", GENERATE, {"json": {"negative_prompt": "x"}}, (400, "unknown_parameter")),
         ("POST", GENERATE, {"json": {"model": "dall-e-3"}}, (404, "model_not_found")),
         ("POST", GENERATE, {"json": {"n": 99, "stream": True}}, (400, "invalid_value")),

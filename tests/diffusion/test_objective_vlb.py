@@ -41,7 +41,8 @@ def total(objective: VLB, denoiser: Denoiser, steps: int) -> tuple[float, float]
 def test_the_bound_is_the_evaluators_for_any_law(law: str) -> None:
     """Continuous time: the value depends on the end points alone, and is what the estimator of likelihoods finds."""
     denoiser = gaussian_denoiser(0.25, LAWS[law])
-    value, error = total(VLB(), denoiser, 200)
+    density = "schedule" if law in ("linear", "learned") else "uniform_gamma"
+    value, error = total(VLB(density=density), denoiser, 200)
     noise = Noise(range(len(X)))
     likelihood = drive(vlb(X, denoiser.process, noise, NONE, pixels=PixelGrid(), levels=200), denoiser)
     expected = float(likelihood.bits_per_dim.mean())
@@ -59,7 +60,7 @@ def test_discrete_steps_sum_to_the_closed_form_and_fall_to_the_continuous_bound(
     gaps = []
     gamma = torch.linspace(-13.3, 5.0, 20001, dtype=torch.float64)
     continuous = float(torch.trapezoid(0.5 * eps_error(gamma, 0.25, SQUARE), gamma)) / BIT
-    for steps in (16, 32, 64):
+    for steps in (64, 128, 256):
         levels = torch.linspace(-13.3, 5.0, steps + 1, dtype=torch.float64)
         terms = 0.5 * torch.expm1(levels[1:] - levels[:-1]) * eps_error(levels[1:], 0.25, SQUARE)
         expected = float(terms.sum() / BIT + fixed)
@@ -67,7 +68,7 @@ def test_discrete_steps_sum_to_the_closed_form_and_fall_to_the_continuous_bound(
         assert abs(value - expected) < 5 * error + 1e-3
         gaps.append(float(terms.sum()) / BIT - continuous)
     assert gaps[0] > gaps[1] > gaps[2] > 0
-    assert abs(gaps[1] / gaps[2] - 2) < 0.15  # as 1 / T
+    assert abs(gaps[1] / gaps[2] - 2) < 0.1  # as 1 / T
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -92,10 +93,20 @@ def test_softmax_reconstruction_is_the_evaluators_and_has_the_right_gradient(gam
 
 
 def test_variance_reduction_by_stratified_times() -> None:
-    denoiser = gaussian_denoiser(0.25, LAWS["flow"])
+    """Standard error of the mean over 64 images: measured 30 times less."""
+    denoiser = gaussian_denoiser(0.25, LAWS["linear"])
     _, even = total(VLB(), denoiser, 200)
     _, independent = total(VLB(stratified=False), denoiser, 200)
+    print(even,independent)
     assert even < 0.2 * independent
+
+
+def test_uniform_gamma_mends_a_law_of_great_variance() -> None:
+    denoiser = gaussian_denoiser(0.25, LAWS["edm"])
+    _, plain = total(VLB(), denoiser, 100)
+    _, mended = total(VLB(density="uniform_gamma"), denoiser, 100)
+    print(plain,mended)
+    assert mended < 0.1 * plain
 
 
 # --- learnt schedules -------------------------------------------------------------------------------------------------------
@@ -188,7 +199,9 @@ def test_the_interior_learns_a_smaller_variance() -> None:
         VLB().loss(denoiser, x, NONE, key(step)).per_image.mean().backward()
         optimiser.step()
     last = VLB().loss(denoiser, x, NONE, key(1000))
-    assert float(last.per_image.mean()) == pytest.approx(float(first.per_image.mean()), rel=5e-3)
+    means = [float(loss.per_image.detach().mean()) for loss in (first, last)]
+    assert means[1] == pytest.approx(means[0], rel=5e-3)
+    print(float(last.parts["diffusion"].var()),float(first.parts["diffusion"].var()))
     assert float(last.parts["diffusion"].var()) < 0.05 * float(first.parts["diffusion"].var())
 
 

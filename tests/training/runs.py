@@ -97,7 +97,9 @@ def digests(store: str, step: int) -> dict[str, str]:
     return {name: facts["sha256"] for name, facts in record["files"].items() if name.endswith(".safetensors")}
 
 
-def task(store: str, place: Place | None = None, objective: str = "simple", hooks: Hooks | None = None, **over: Any) -> Task:
+def task(
+    store: str, place: Place | None = None, objective: str = "simple", hooks: Hooks | None = None, **over: Any
+) -> Task:
     place = place or Place()
     width, schedule = over.pop("width", 8), over.pop("schedule", "cosine")
     return Task(

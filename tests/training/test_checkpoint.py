@@ -37,7 +37,13 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     url = checkpoint.write(store, state(5))
     assert url == checkpoint.folder(store, 5)
     assert same(checkpoint.read(store, 5), state(5))
-    assert sorted(os.listdir(url)) == ["commit.json", "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(os.listdir(url)) == [
+        "commit.json",
+        "ema.safetensors",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
 
 
 def test_s3_holds_the_same(s3_bucket: str) -> None:
@@ -135,7 +141,7 @@ def test_a_process_killed_at_any_write_leaves_a_checkpoint(tmp_path: Path, monke
 
     done = [0]
 
-    def counted(call):  # noqa: ANN001, ANN202
+    def counted(call):
         def wrapped(*args: object) -> object:
             if done[0] == limit:
                 raise Killed

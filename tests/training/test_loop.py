@@ -98,7 +98,12 @@ def test_events_come_at_multiples_of_images(tmp_path: Path) -> None:
         return torch.tensor([1.0, 2.0, 3.0, 6.0])
 
     hooks = Hooks(evaluate, lambda denoiser: torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    every = {"evaluate_every_images": 30, "sample_every_images": 40, "checkpoint_every_images": 36, "log_every_images": 24}
+    every = {
+        "evaluate_every_images": 30,
+        "sample_every_images": 40,
+        "checkpoint_every_images": 36,
+        "log_every_images": 24,
+    }
     events = list(train(task(str(tmp_path), hooks=hooks, images=7 * BATCH, **every)))
     assert [event.step for event in kinds(events, say.Evaluated)] == [3, 5, 7]  # 36, 60, the end
     assert [event.step for event in kinds(events, say.Samples)] == [4, 7]
@@ -109,7 +114,9 @@ def test_events_come_at_multiples_of_images(tmp_path: Path) -> None:
     metrics = kinds(events, say.Evaluated)[0].metrics
     assert metrics["held_out/bits_per_dim"] == 3.0
     assert metrics["held_out/standard_error"] == pytest.approx(torch.tensor([1.0, 2.0, 3.0, 6.0]).std().item() / 2)
-    assert {"loss", "grad_norm", "learning_rate", "images_per_s", "data_wait"} <= set(kinds(events, say.Step)[0].metrics)
+    assert {"loss", "grad_norm", "learning_rate", "images_per_s", "data_wait"} <= set(
+        kinds(events, say.Step)[0].metrics
+    )
 
 
 def test_a_learned_schedule_is_trained_and_averaged(tmp_path: Path) -> None:
@@ -169,7 +176,9 @@ def test_too_many_bad_steps_stop_the_run(tmp_path: Path) -> None:
     made = task(str(tmp_path), images=9 * BATCH, skip_limit=3)
     poisoned = Poisoned({(step, 3) for step in range(2, 9)}, "loss")
     made = made.__class__(**{**vars(made), "objective": poisoned})
-    with pytest.raises(Diverged, match=r"3 steps in a row .* step 5: loss not finite; in logical shard 3 \(rank 0\), gamma"):
+    with pytest.raises(
+        Diverged, match=r"3 steps in a row .* step 5: loss not finite; in logical shard 3 \(rank 0\), gamma"
+    ):
         list(train(made))
 
 
@@ -211,7 +220,7 @@ def test_the_data_is_closed_when_the_training_is_left(tmp_path: Path) -> None:
     made = task(str(tmp_path))
     inner = made.open_batches
 
-    def open_batches(step: int):  # noqa: ANN202
+    def open_batches(step: int):
         opened.append(inner(step))
         return opened[-1]
 

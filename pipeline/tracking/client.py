@@ -1,0 +1,72 @@
+"""Reaching MLflow: a server or a database, or one line that says why not."""
+
+import http.client
+import logging
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client of a server or a database.
+
+    Raises:
+        ValueError: a scheme that MLflow cannot use, or no answer.
+    """
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if "://" not in uri or scheme not in SCHEMES:
+        raise ValueError(
+            f"tracking.uri must be a server (http://...) or a database (sqlite:///path.db), got '{without_secret(uri)}'"
+        )
+    _quiet()
+    if scheme in ("http", "https"):
+        _answers(uri)
+    if scheme == "sqlite":
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {without_secret(uri)} cannot be used: {first_line(error)}") from None
+    return client
+
+
+def without_secret(uri: str) -> str:
+    """A URI without user and password."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def first_line(error: BaseException) -> str:
+    """What a user needs of an MLflow error."""
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def _quiet() -> None:
+    """MLflow's own waits are short, because ours are patient; its migrations and hints are not for a user."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _answers(uri: str) -> None:
+    """Raises ValueError where no MLflow server answers."""
+    url = f"{uri.rstrip('/')}/health"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            answer.read(100)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"no MLflow server answers at {without_secret(uri)}: {reason}") from None

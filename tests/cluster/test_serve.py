@@ -1,0 +1,155 @@
+"""Ray Serve on this machine: one deployment asked by real clients, cancellation, and how it fails and ends."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from pipeline.data.images import decode, encode_png
+from pipeline.serving.requests import ServingConfig
+from tests.serving.tiny import save_tiny
+
+GENERATE, SCORE = "/v1/images/generations", "/v1/likelihood"
+
+
+def import_serve() -> Any:
+    with warnings.catch_warnings():  # Ray's own modules still use deprecated pydantic
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from pipeline.cluster import serve
+    return serve
+
+
+@pytest.fixture(scope="module")
+def model_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("serve") / "tiny")
+    save_tiny(url)
+    return url
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: None, model_url: str) -> Iterator[str]:
+    serve = import_serve()
+    config = ServingConfig(model=model_url, port=0, cpus_per_replica=0.5, max_steps=100_000, max_request_cost=10**9)
+    yield serve.deploy(config)
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(endpoint: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=endpoint, timeout=60) as made:
+        yield made
+
+
+def test_the_openai_client_makes_images(endpoint: str) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    answer = client.images.generate(
+        model="tiny", prompt="3", n=2, size="auto", response_format="b64_json", extra_body={"steps": 4, "seed": 5}
+    )
+    assert answer.data is not None
+    images = [decode(base64.b64decode(item.b64_json or ""), 1) for item in answer.data]
+    assert [image.shape for image in images] == [(8, 8, 1)] * 2
+    kinds: list[str] = []
+    last = ""
+    for event in client.images.generate(model="tiny", prompt="3", n=2, stream=True, extra_body={"steps": 4, "seed": 5}):
+        kinds.append(event.type)
+        last = event.b64_json
+    assert kinds[-1] == "image_generation.completed"
+    assert len(kinds) == 8  # Heun's 7 evaluations
+    assert last == answer.data[0].b64_json
+    with pytest.raises(openai.BadRequestError, match="the prompt must be the name or number of a class"):
+        client.images.generate(model="tiny", prompt="a cat")
+
+
+def test_curl_scores_a_file(endpoint: str, tmp_path: Path, client: httpx.Client) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8)
+    (tmp_path / "image.png").write_bytes(encode_png(image))
+    command = ["curl", "-s", f"{endpoint}{SCORE}", "-F", f"images=@{tmp_path}/image.png", "-F", 'options={"levels": 8}']
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl: apt-get install curl")
+    told = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    encoded = base64.b64encode(encode_png(image)).decode()
+    as_json = client.post(SCORE, json={"images": [encoded], "options": {"levels": 8}}).json()
+    assert json.loads(told)["data"] == as_json["data"]
+
+
+def test_many_requests_at_once_have_the_bytes_of_each_alone(client: httpx.Client) -> None:
+    samplers = ["heun", "ddim", "ancestral", "dpmpp_2m"]
+    asked = [
+        {
+            "n": 1 + index % 3,
+            "seed": index,
+            "labels": index % 10,
+            "sampler": samplers[index % 4],
+            "steps": 3 + index % 5,
+        }
+        for index in range(24)
+    ]
+
+    def data(fields: dict[str, Any]) -> Any:
+        answer = client.post(GENERATE, json=fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    alone = [data(fields) for fields in asked[:8]]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(data, asked))
+    assert together[:8] == alone
+
+
+def status() -> dict[str, Any]:
+    """Process and load of the only replica."""
+    return import_serve().status()[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_closed_connection_ends_its_work(endpoint: str, stream: bool) -> None:
+    before = status()["load"]["cancelled"]
+    fields = {"n": 1, "steps": 50_000, "sampler": "ddim", "stream": stream, "partial_images": 1000}
+    with httpx.Client(base_url=endpoint, timeout=httpx.Timeout(10, read=1.0)) as client:
+        if stream:
+            with client.stream("POST", GENERATE, json=fields) as answer:
+                assert next(answer.iter_lines()).startswith("event: ")
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(GENERATE, json=fields)
+    told = time.monotonic()
+    while (load := status()["load"])["cancelled"] != before + 1 or load["live"]:
+        assert time.monotonic() - told < 10, load
+        time.sleep(0.05)
+
+
+def test_a_request_outlives_its_replica(client: httpx.Client) -> None:
+    fields = {"n": 2, "seed": 9, "steps": 400, "sampler": "ddim"}
+    expected = client.post(GENERATE, json=fields).json()["data"]
+    process = status()["process"]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, GENERATE, json=fields, timeout=120)
+        time.sleep(0.5)
+        assert not answer.done()
+        os.kill(process, signal.SIGKILL)
+        assert answer.result(120).status_code == 200, answer.result().text
+    assert answer.result().json()["data"] == expected
+    assert status()["process"] != process
+
+
+def test_a_taken_port_and_a_missing_model_are_told_in_one_line(endpoint: str, model_url: str) -> None:
+    serve = import_serve()
+    with pytest.raises(ValueError, match="names no model"):
+        serve.deploy(ServingConfig())
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        serve.deploy(ServingConfig(model="/nowhere/at/all", port=0))

@@ -4,48 +4,36 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from rich.console import Console
 
 console = Console(stderr=False, highlight=False)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Lists the keys of the run file when help is asked for, and not before: that imports every section's owner."""
+
+    sections: Sequence[str] = ()
+
+    def format_help(self) -> str:
+        from pipeline.config import describe
+
+        keys = describe(self.sections)
+        self.epilog = f"keys of the run file, override with section.key=value [default]:\n\n{keys}"
+        return super().format_help()
+
+
 def parser(verb: str, description: str, sections: Sequence[str]) -> argparse.ArgumentParser:
     """`python -m jobs.VERB RUN_FILE [key=value ...]`. The help lists the keys of the sections that the job reads."""
-    epilog = _Lazy(lambda: "keys of the run file, override with section.key=value [default]:\n\n" + _describe(sections))
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog=f"python -m jobs.{verb}",
         description=description,
-        epilog=epilog,  # pyright: ignore[reportArgumentType]
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    made.sections = sections
     made.add_argument("run_file", help="a complete run file, for example jobs/configs/digits.yaml")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="values laid on top of the run file")
     return made
-
-
-@dataclass
-class _Lazy:
-    """Text made when it is printed: listing the keys imports every section's owner."""
-
-    make: Callable[[], str]
-    text: str = field(default="", init=False)
-
-    def __str__(self) -> str:
-        return self.make()
-
-    def __mod__(self, _values: object) -> str:
-        return self.make()
-
-    def __contains__(self, _part: str) -> bool:
-        return False
-
-
-def _describe(sections: Sequence[str]) -> str:
-    from pipeline.config import describe
-
-    return describe(sections)
 
 
 def one_line(error: BaseException) -> str:

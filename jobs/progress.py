@@ -31,11 +31,11 @@ class Bar:
         rate = (done - self.first) / elapsed if elapsed > 0 else 0.0
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done, rate=f"{rate:,.0f} {self.unit}/s", note=note)
-        elif now - self.printed >= PLAIN_EVERY_S or done >= self.total:
-            if done < self.total or self.printed > self.started or elapsed > 1:
-                left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else "starting"
-                share = f"{done:,.0f}/{self.total:,.0f} {self.unit}"
-                console.print(f"  {self.what}: {share}, {rate:,.0f} {self.unit}/s, {left}{', ' + note if note else ''}", soft_wrap=True)
+        elif now - self.printed >= PLAIN_EVERY_S and done < self.total:
+            left = f"{(self.total - done) / rate:,.0f} s left" if rate > 0 else "starting"
+            share = f"{done:,.0f}/{self.total:,.0f} {self.unit}"
+            parts = [share, f"{rate:,.0f} {self.unit}/s", left, note]
+            console.print(f"  {self.what}: {', '.join(part for part in parts if part)}", soft_wrap=True)
             self.printed = now
 
 

@@ -53,7 +53,9 @@ def main() -> None:
 
             if args.stop:
                 if here:
-                    raise ValueError("--stop: there is no cluster here (set RAY_ADDRESS); an endpoint without one ends with Ctrl-C")
+                    raise ValueError(
+                        "--stop: there is no cluster here (set RAY_ADDRESS); an endpoint without one ends with Ctrl-C"
+                    )
                 serve.shutdown()
                 return
             try:

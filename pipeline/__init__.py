@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.model import Model
 
+__version__ = "0.1.0"
+
 
 def load(url: str, *, device: str = "cpu", tracking_uri: str | None = None) -> "Model":
     """A trained model, verified against its digests.

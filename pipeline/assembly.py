@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import pipeline
 from pipeline.choose import build as build_choice
 from pipeline.data import storage
 from pipeline.data.manifest import Manifest
@@ -17,7 +18,8 @@ from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objective import OBJECTIVES
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import key_seed
-from pipeline.model import Model, ModelConfig, Scoring, build
+from pipeline.model import Model, ModelConfig, Scoring, build, save
+from pipeline.training.checkpoint import newest
 from pipeline.training.events import Event
 from pipeline.training.loop import Hooks, RunError, Task, train
 from pipeline.training.step import Place
@@ -124,8 +126,6 @@ def start_from(denoiser: Denoiser, url: str, tracking_uri: str | None) -> None:
     Raises:
         RunError: they do not fit.
     """
-    import pipeline
-
     weights = pipeline.load(url, tracking_uri=tracking_uri).denoiser.state_dict()
     try:
         denoiser.load_state_dict(weights)
@@ -160,3 +160,30 @@ class _Held:
         model, count = Model(self.config.model, denoiser), self.config.training.sample_images
         labels = [i % model.config.classes for i in range(count)] if model.config.classes else None
         return model.sample(count, labels)
+
+
+def export(config: "RunConfig", manifest: Manifest, mlflow_run: str = "") -> str:
+    """The run's EMA weights as a model directory at OUTPUT/model; its URL.
+
+    Raises:
+        ValueError: the run has no checkpoint that verifies.
+    """
+    state, rejected = newest(checkpoints(config))
+    if state is None:
+        raise ValueError(
+            f"no checkpoint to make a model of at {checkpoints(config)}: {'; '.join(rejected) or 'train first'}"
+        )
+    url = storage.join(config.output, "model")
+    card = {
+        "name": config.name,
+        "images_seen": state.facts["images"],
+        "step": state.step,
+        "objective": config.objective,
+        "seed": config.seed,
+        "data": {"url": manifest.url, "digest": manifest.digest, "samples": manifest.card["samples"]},
+        "class_names": list(manifest.class_names),
+        "mlflow_run": mlflow_run,
+        "version": pipeline.__version__,
+    }
+    save(url, config.model, state.tensors["ema"], card)
+    return url

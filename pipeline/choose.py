@@ -37,5 +37,7 @@ def build(table: Mapping[str, Callable[..., T]], spec: Mapping[str, Any], kind: 
         if option not in valid:
             near = difflib.get_close_matches(option, valid, n=1)
             hint = f" (did you mean '{near[0]}'?)" if near else ""
-            raise ValueError(f"{kind} '{name}' has no option '{option}'{hint}; its options: {', '.join(valid) or 'none'}")
+            raise ValueError(
+                f"{kind} '{name}' has no option '{option}'{hint}; its options: {', '.join(valid) or 'none'}"
+            )
     return make(**options)

@@ -24,7 +24,9 @@ from pipeline.training.loop import TrainingConfig
 class ClusterConfig:
     """What a run asks of Ray."""
 
-    address: Annotated[str | None, "Ray cluster to join; null: the one around this job (RAY_ADDRESS), else start one here"] = None
+    address: Annotated[
+        str | None, "Ray cluster to join; null: the one around this job (RAY_ADDRESS), else start one here"
+    ] = None
     workers: Annotated[int, "training processes (DDP ranks)"] = 1
     cpus_per_worker: Annotated[float, "CPU cores a training process asks for"] = 1.0
     gpus_per_worker: Annotated[float, "GPUs a training process asks for; 0 trains on CPU with gloo"] = 0.0
@@ -123,7 +125,9 @@ def from_plain(values: Mapping[str, Any], source: str = "run configuration") -> 
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
             message = problem["msg"].removeprefix("Value error, ")
-            got = "" if problem["type"] in ("missing", "value_error", "dataclass_type") else f", got {problem['input']!r}"
+            got = (
+                "" if problem["type"] in ("missing", "value_error", "dataclass_type") else f", got {problem['input']!r}"
+            )
             problems.append(f"{key}: {message}{got}" if key else message)
         raise ValueError(f"{source}: " + "; ".join(problems)) from None
     except ValueError as error:
@@ -150,7 +154,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path}: expected sections (name, output, shard, ...), got {type(values).__name__}")
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
-            raise ValueError(f"'{override}' is not an override; write section.key=value, for example training.images=100000")
+            raise ValueError(
+                f"'{override}' is not an override; write section.key=value, for example training.images=100000"
+            )
     given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
     return from_plain(_merge(values, typing.cast(dict[str, Any], given)), path)
 
@@ -160,7 +166,11 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and ("name" not in value or value["name"] == old.get("name")):
+        if (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and ("name" not in value or value["name"] == old.get("name"))
+        ):
             merged[key] = _merge(old, value)
         else:
             merged[key] = value

@@ -49,7 +49,9 @@ class ModelConfig:
     prediction: Annotated[str, "what the network outputs: x, eps, v, score, flow, edm"] = "eps"
     scaling: Annotated[str, "(alpha, sigma) as functions of gamma: vp, ve, subvp, flow"] = "vp"
     data_std: Annotated[float, "sigma_data of the edm prediction and the unit_variance input"] = 0.5
-    level: Annotated[str, "what the network is told of the level: normalised_gamma, log_sigma, step_index"] = "step_index"
+    level: Annotated[str, "what the network is told of the level: normalised_gamma, log_sigma, step_index"] = (
+        "step_index"
+    )
     network_input: Annotated[str, "what the network sees: z (= alpha y) or unit_variance (EDM)"] = "z"
     learned_variance: Annotated[bool, "the network also outputs IDDPM's variance interpolation v"] = False
 
@@ -96,7 +98,9 @@ class Sampling:
     sampler: Annotated[str, "name of the sampler"] = "heun"
     steps: Annotated[int, "levels to query"] = 18
     grid: Annotated[str | None, "grid of levels; null: the sampler's default"] = None
-    indices: Annotated[tuple[int, ...] | None, "explicit step indices of a tabulated schedule, in place of grid and steps"] = None
+    indices: Annotated[
+        tuple[int, ...] | None, "explicit step indices of a tabulated schedule, in place of grid and steps"
+    ] = None
     guidance: Annotated[float, "guidance scale; 1 is the model itself"] = 1.0
     options: Annotated[dict[str, Any], "the sampler's own options"] = field(default_factory=dict)
 
@@ -148,7 +152,9 @@ class Model:
         if label.shape != (n,):
             raise ValueError(f"labels: need one an image, {n}, got shape {tuple(label.shape)}")
         if n and not (-1 <= int(label.min()) and int(label.max()) < self.config.classes):
-            raise ValueError(f"labels must lie in 0..{self.config.classes - 1}, or be -1 for no class; got {label.tolist()}")
+            raise ValueError(
+                f"labels must lie in 0..{self.config.classes - 1}, or be -1 for no class; got {label.tolist()}"
+            )
         return Conditioning(label.to(self.device))
 
     def levels(self, how: Sampling) -> Tensor:
@@ -187,12 +193,14 @@ class Model:
         """The procedure that scores uint8 images (n, C, H, W); image i's estimate depends on seeds[i] alone."""
         how = how or Scoring()
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.config.shape:
-            raise ValueError(f"images must be uint8 (n, {', '.join(map(str, self.config.shape))}), got {pixels.dtype} {tuple(pixels.shape)}")
+            raise ValueError(
+                f"images must be uint8 (n, {', '.join(map(str, self.config.shape))}), got {pixels.dtype} {tuple(pixels.shape)}"
+            )
         x = images.to_model(pixels.to(self.device))
         estimator = choose(ESTIMATORS, how.estimator, "estimator")
         conditioning = self.conditioning(labels, len(pixels))
         noise = Noise(seeds, self.device)
-        return estimator.procedure(x, self.denoiser.process, noise, conditioning, pixels=PIXELS, **how.options)
+        return estimator(x, self.denoiser.process, noise, conditioning, pixels=PIXELS, **how.options)
 
     def sample(
         self, n: int = 16, labels: Sequence[int] | None = None, seed: int = 0, how: Sampling | None = None
@@ -252,7 +260,9 @@ def load(url: str, device: torch.device | str = "cpu") -> Model:
         denoiser.load_state_dict(safetensors.torch.load(contents["model.safetensors"]))
     except RuntimeError as error:
         raise ValueError(f"{url}: the weights do not fit the configuration: {error}") from error
-    return Model(config, denoiser.to(device), json.loads(contents["card.json"]), hashlib.sha256(digests_bytes).hexdigest())
+    return Model(
+        config, denoiser.to(device), json.loads(contents["card.json"]), hashlib.sha256(digests_bytes).hexdigest()
+    )
 
 
 def config_from(values: Mapping[str, Any]) -> ModelConfig:

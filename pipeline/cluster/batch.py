@@ -1,8 +1,8 @@
 """Pieces of sampling and scoring as Ray tasks: the same answers as in one process, on as many cores as the cluster has.
 
 The model travels through the object store once a node, as its configuration and safetensors bytes: no task needs the
-registry or the store that it came from. A piece is a pure function of the model and its own seeds, so a task that is lost
-with its node is simply done again.
+registry or the store that it came from. A piece is a pure function of the model and its own seeds, so a task that is
+lost with its node is simply done again.
 """
 
 import functools

@@ -34,7 +34,13 @@ log = logging.getLogger("raydiffusion.serving")
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 TRACE_ID = re.compile(r"^[A-Za-z0-9_.\-]{1,64}$")
-PAGE = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
+PAGE = {  # route: file of the page folder, its media type
+    "/": ("index.html", "text/html"),
+    "/app.js": ("app.js", "text/javascript"),
+    "/style.css": ("style.css", "text/css"),
+    "/docs": ("docs.html", "text/html"),
+    "/docs.js": ("docs.js", "text/javascript"),
+}
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -188,17 +194,15 @@ def _refusing(request: Request) -> Any:
 
 def _add_page(app: FastAPI) -> None:
     folder = files("pipeline.serving") / "page"
-    contents = {name: (folder / name).read_bytes() for name in PAGE}
 
-    def route(name: str) -> Callable[[], Awaitable[Response]]:
+    def serving(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
         async def page() -> Response:
-            return Response(contents[name], media_type=f"{PAGE[name]}; charset=utf-8", headers=PAGE_HEADERS)
+            return Response(content, media_type=f"{kind}; charset=utf-8", headers=PAGE_HEADERS)
 
         return page
 
-    app.get("/", include_in_schema=False)(route("index.html"))
-    app.get("/style.css", include_in_schema=False)(route("style.css"))
-    app.get("/app.js", include_in_schema=False)(route("app.js"))
+    for route, (name, kind) in PAGE.items():
+        app.get(route, include_in_schema=False)(serving((folder / name).read_bytes(), kind))
 
 
 def _add_health(app: FastAPI, backend: Backend) -> None:

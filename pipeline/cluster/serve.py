@@ -10,7 +10,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ray import serve
@@ -188,7 +188,9 @@ class Ingress:
 
 def application(config: ServingConfig, tracking_uri: str | None = None) -> serve.Application:
     """The Serve application of a configuration, to run or to name in a declarative deployment."""
-    plain = asdict(config)
+    model = _absolute(config.model) if config.model and not config.model.startswith("models:/") else config.model
+    plain = asdict(replace(config, model=model))
+    tracking_uri = None if tracking_uri is None else _absolute(tracking_uri, "sqlite:///")
     deployment: Any = serve.deployment
     engines = deployment(
         Replica,
@@ -227,6 +229,7 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
     port = config.port if config.port else _free_port(config.host)
     if not running and not _is_free(config.host, port):
         raise ValueError(f"serving.port {port} on {config.host} is taken: choose another, or 0 for any")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what is going on, the caller says
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     location = "HeadOnly" if not config.key_hashes else "EveryNode"
     serve.start(location, http_options={"host": config.host, "port": port}, logging_config=quiet)
@@ -255,6 +258,13 @@ def status(timeout_s: float = 30.0) -> list[dict[str, Any]]:
 def shutdown() -> None:
     """End the endpoint and Ray Serve, all its replicas and proxies."""
     serve.shutdown()
+
+
+def _absolute(url: str, prefix: str = "") -> str:
+    """A local path, also one in an sqlite: URL, from the root: replicas have another working directory."""
+    if not url.startswith(prefix) or "://" in url.removeprefix(prefix):
+        return url
+    return prefix + os.path.abspath(url.removeprefix(prefix))
 
 
 def _check_model(config: ServingConfig, tracking_uri: str | None) -> None:

@@ -96,7 +96,7 @@ class Tabulated:
         """Exactly index / (T - 1) at the nodes."""
         table = self.table.to(gamma.device)
         value = gamma.double()
-        high = torch.searchsorted(table, value).clamp(1, self.steps - 1)
+        high = torch.searchsorted(table, value.contiguous()).clamp(1, self.steps - 1)
         low_gamma, high_gamma = table[high - 1], table[high]
         position = (high - 1) + ((value - low_gamma) / (high_gamma - low_gamma)).clamp(0, 1)
         return (position / (self.steps - 1)).to(gamma.dtype)

@@ -67,6 +67,9 @@ def _answers(uri: str) -> None:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             answer.read(100)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ValueError(f"no MLflow server answers at {without_secret(uri)}: {error}") from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"no MLflow server answers at {without_secret(uri)}: {reason}") from None

@@ -23,7 +23,9 @@ class Flavor:
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
         if not isinstance(model_input, dict):
-            raise ValueError("predict takes a dict: {'n': 16, 'labels': ..., 'seed': 0} to sample, or {'images': ...} to score")
+            raise ValueError(
+                "predict takes a dict: {'n': 16, 'labels': ..., 'seed': 0} to sample, or {'images': ...} to score"
+            )
         request = {**model_input, **(params or {})}
         unknown = set(request) - {"n", "labels", "seed", "images"}
         if unknown:

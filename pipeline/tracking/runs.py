@@ -200,8 +200,7 @@ def _run_of_metrics(entries: Sequence[tuple[int, say.Event]]) -> int:
 
 
 def grid(pixels: Any) -> Any:
-    """Images uint8 (n, C, H, W) as one picture with white lines between them, array (height, width, 3); as square as can
-    be, enlarged by a whole factor where they are small."""
+    """Images uint8 (n, C, H, W) as one picture, array (height, width, 3): white lines between, small ones enlarged."""
     import math
 
     import numpy as np

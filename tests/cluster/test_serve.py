@@ -153,3 +153,12 @@ def test_a_taken_port_and_a_missing_model_are_told_in_one_line(endpoint: str, mo
         serve.deploy(ServingConfig())
     with pytest.raises(FileNotFoundError, match="nowhere"):
         serve.deploy(ServingConfig(model="/nowhere/at/all", port=0))
+
+
+def test_replicas_get_paths_that_hold_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    serve = import_serve()
+    monkeypatch.chdir(tmp_path)
+    assert serve._absolute("runs/model") == f"{tmp_path}/runs/model"
+    assert serve._absolute("s3://bucket/model") == "s3://bucket/model"
+    assert serve._absolute("sqlite:///artifacts/mlflow.db", "sqlite:///") == f"sqlite:///{tmp_path}/artifacts/mlflow.db"
+    assert serve._absolute("http://mlflow:5000", "sqlite:///") == "http://mlflow:5000"

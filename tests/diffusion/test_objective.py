@@ -30,7 +30,7 @@ def mean_loss(objective: Weighted, denoiser: Denoiser, steps: int, x: Tensor = X
     return float(values.mean()), float(values.std() / math.sqrt(steps))
 
 
-# --- forms ----------------------------------------------------------------------------------------------------------
+# --- forms ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight", ["eps", "x", "v", "flow", "min_snr"])
@@ -90,7 +90,7 @@ def test_no_cancellation_at_tiny_noise() -> None:
     torch.testing.assert_close(loss.per_image, exact.square().flatten(1).mean(1), rtol=1e-5, atol=0)
 
 
-# --- expected values --------------------------------------------------------------------------------------------------
+# --- expected values ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -149,7 +149,7 @@ def test_edm_levels_and_its_unit_target() -> None:
     assert abs(float(loss.gamma.std()) / 2 - 1.2) < 0.03
 
 
-# --- draws ----------------------------------------------------------------------------------------------------------------
+# --- draws ----------------------------------------------------------------------------------------
 
 
 def test_stratified_levels_of_all_shards_are_one_even_comb() -> None:
@@ -211,7 +211,7 @@ def test_label_dropout() -> None:
         drop_labels(labels, 1.5, key())
 
 
-# --- the loss as a value -----------------------------------------------------------------------------------------------------
+# --- the loss as a value --------------------------------------------------------------------------
 
 
 def test_quarters() -> None:
@@ -238,7 +238,7 @@ def test_one_backward_reaches_every_parameter(name: str) -> None:
             assert bool(torch.isfinite(parameter.grad).all())
 
 
-# --- what a user may get wrong -------------------------------------------------------------------------------------------------
+# --- what a user may get wrong --------------------------------------------------------------------
 
 
 def test_errors_name_what_to_do() -> None:

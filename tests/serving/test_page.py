@@ -1,6 +1,9 @@
 """The playground in headless Chromium, over the real HTTP application."""
 
+import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -168,10 +171,9 @@ def test_it_works_by_keyboard_alone_and_every_control_has_a_name(page: Any) -> N
     assert not nameless
 
 
-def test_copy_as_curl_is_a_command_that_gives_these_images(page: Any, tmp_path: Path) -> None:
-    import json
-    import subprocess
-
+def test_copy_as_curl_is_a_command_that_gives_these_images(page: Any) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl: apt-get install curl")
     fill(page, "n", 2)
     fill(page, "steps", 3)
     images = make(page)
@@ -180,6 +182,15 @@ def test_copy_as_curl_is_a_command_that_gives_these_images(page: Any, tmp_path: 
     command = until(lambda: text(page, "status") if text(page, "status").startswith("curl ") else "")
     told = subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, check=True, timeout=30).stdout
     assert [f"data:image/png;base64,{item['b64_json']}" for item in json.loads(told)["data"]] == images
+
+
+def test_the_api_is_documented_without_other_sites(browser: Any, url: str) -> None:
+    browser.get(f"{url}docs")
+    until(lambda: browser.find_elements("css selector", "section table"))
+    shown = browser.find_element("id", "paths").text
+    for part in ("POST /v1/images/generations", "multipart/form-data", "guidance", "(from 0 to 100)"):
+        assert part in shown
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.parametrize("width", [320, 390, 820])

@@ -21,6 +21,8 @@ from pipeline.tracking.spool import Spool
 from pipeline.training import events as say
 from tests.data.folders import write_images
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of its libraries
+
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
@@ -78,6 +80,7 @@ def test_what_mlflow_holds(config: RunConfig, manifest: Manifest, database: str)
     assert held.data.tags["raydiffusion.data"] == manifest.digest
     assert held.data.params["training.images"] == str(config.training.images)
     assert held.data.params["model.size"] == "8"
+    assert held.inputs is not None
     assert held.inputs.dataset_inputs[0].dataset.digest == manifest.digest[:36]
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["images", "run.yaml"]
     pictures = [file.path for file in client.list_artifacts(run.run_id, "images")]
@@ -91,7 +94,7 @@ def test_nothing_private_is_told(config: RunConfig) -> None:
     assert without_secret("sqlite:///a.db") == "sqlite:///a.db"
 
 
-def test_a_restart_continues_the_run_and_repeats_nothing(config: RunConfig, manifest: Manifest, database: str) -> None:
+def test_a_restart_goes_on_once(config: RunConfig, manifest: Manifest, database: str) -> None:
     first = runs.open_run(config, manifest)
     for event in [*steps(10, 20, 30), say.Samples(2, 20, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))]:
         first.handle(event)

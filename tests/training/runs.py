@@ -46,7 +46,7 @@ PLAIN = {
 def denoiser(width: int = 8, schedule: str = "cosine") -> Denoiser:
     """A U-Net with dropout and attention, seeded. Width 64 has more than one DDP bucket (the first holds 1 MiB)."""
     torch.manual_seed(0)
-    config = backbones.BACKBONES["unet"](
+    config = backbones.UNetConfig(
         base_width=width, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.1, last_gain=0.1
     )
     network = backbones.build(config, channels=1, size=SIZE, classes=CLASSES, out_channels=1)

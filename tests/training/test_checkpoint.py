@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_a_process_killed_at_any_write_leaves_a_checkpoint(tmp_path: Path, monke
 
     done = [0]
 
-    def counted(call):
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
         def wrapped(*args: object) -> object:
             if done[0] == limit:
                 raise Killed
@@ -200,5 +201,5 @@ def test_restoring_says_what_it_rejected(tmp_path: Path) -> None:
     assert found.step == 1
     assert "ema.safetensors is damaged" in rejected[0]
     (Path(checkpoint.folder(store, 1)) / "ema.safetensors").write_bytes(b"rot")
-    with pytest.raises(ValueError, match="no checkpoint at .* can be used"):
+    with pytest.raises(ValueError, match=r"no checkpoint at .* can be used"):
         restore(store, Place())

@@ -1,4 +1,4 @@
-"""Optimizer, clipping, learning-rate laws and moving average against their independent implementations and closed forms."""
+"""Optimizer, clipping, learning-rate laws and moving average against independent implementations."""
 
 import math
 

@@ -1,0 +1,72 @@
+"""The run's model becomes version N of models:/NAME, its card holding lineage and measured quality, and an alias points to it.
+
+Refused where the evaluation misses what the run file demands of it (evaluation.min_agreement, evaluation.max_frechet_ratio).
+"""
+
+from jobs import cli
+from jobs.evaluate import model_url
+from pipeline import model as models
+from pipeline.config import RunConfig, load_config
+from pipeline.data import storage
+from pipeline.evaluation.measure import Evaluation, passed, rows
+from pipeline.tracking.registry import Version, register
+
+
+def run(config: RunConfig, found: Evaluation | None, alias: str = "champion") -> Version:
+    """Register the run's model. `found`: its evaluation, for the card; None registers it unmeasured.
+
+    Raises:
+        ValueError: the evaluation misses what the run file demands; names what.
+    """
+    model = models.load(model_url(config))
+    card = dict(model.card)
+    metrics: dict[str, float] = {}
+    if found is not None:
+        table = rows(found, config.evaluation)
+        if not passed(table):
+            missed = "; ".join(f"{row.name} is {row.value}, {row.detail}" for row in table if row.ok is False)
+            raise ValueError(f"{config.registered_model} is not registered: {missed}")
+        card |= found.card()
+        metrics = found.metrics()
+    url = storage.join(config.output, "registered")
+    models.save(url, config.model, model.denoiser.state_dict(), card)
+    tags = {"data": card["data"]["digest"], "code": card["version"], "run": config.name}
+    version = register(
+        url,
+        config.registered_model,
+        tracking_uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        run_id=card.get("mlflow_run", ""),
+        alias=alias,
+        tags=tags,
+        metrics=metrics,
+    )
+    cli.console.print(f"  {version.url}, alias {alias}, digest {version.digest[:12]}")
+    return version
+
+
+def main() -> None:
+    parser = cli.parser("register", __doc__ or "", ["evaluation", "tracking"])
+    parser.add_argument("--alias", default="champion", help="alias that will point to the version [champion]")
+    parser.add_argument("--unmeasured", action="store_true", help="register without an evaluation")
+    args = parser.parse_args()
+
+    def job() -> None:
+        config = load_config(args.run_file, args.overrides)
+        found = None if args.unmeasured else _stored(config)
+        run(config, found, args.alias)
+
+    cli.main(job)
+
+
+def _stored(config: RunConfig) -> Evaluation:
+    from jobs.evaluate import stored
+
+    found = stored(config)
+    if found is None:
+        raise ValueError(f"the model at {model_url(config)} has no evaluation: run jobs.evaluate first, or --unmeasured")
+    return found
+
+
+if __name__ == "__main__":
+    main()

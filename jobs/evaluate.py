@@ -1,16 +1,18 @@
-"""Measure a trained model: held-out bits/dim with standard errors, Fréchet distance, class agreement, near-copies of training images.
+"""Measure a trained model: held-out bits/dim with standard errors, Fréchet distance, class agreement, near-copies of
+training images.
 
-The result goes to OUTPUT/evaluation, to the MLflow run of the training, and to the terminal. An evaluation of the same model, data and
-settings that is already there is shown, not repeated.
+The result goes to OUTPUT/evaluation, to the MLflow run of the training, and to the terminal. An evaluation of the same
+model, data and settings that is already there is shown, not repeated.
 """
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 from rich.table import Table
 
 from jobs import cli
-from jobs.progress import bar
+from jobs.progress import phases
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config
 from pipeline.data import storage
@@ -36,44 +38,56 @@ def show(table: list[Row]) -> None:
     cli.console.print(shown)
 
 
+def _place(config: RunConfig) -> str:
+    return storage.join(config.output, "evaluation")
+
+
+def _key(config: RunConfig, model: Model) -> dict[str, Any]:
+    """The facts that an evaluation belongs to."""
+    data = model.card["data"]["digest"]
+    return {"model": model.digest, "data": data, "evaluation": asdict(config.evaluation)}
+
+
+def stored(config: RunConfig) -> Evaluation | None:
+    """The evaluation of the run's model, as it is now, with these settings; None where there is none."""
+    return load(_place(config), _key(config, load_model(model_url(config))))
+
+
 def run(config: RunConfig, model: Model | None = None) -> Evaluation:
     """Evaluate the run's model. Needs a Ray session."""
     prepare_environment()
-    from pipeline.cluster.batch import ray_worker
-
     model = model or load_model(model_url(config))
-    manifest = load_manifest(config.stream.url, model.card["data"]["digest"])
-    url = storage.join(config.output, "evaluation")
-    key = {"model": model.digest, "data": manifest.digest, "evaluation": asdict(config.evaluation)}
-    found = load(url, key)
+    found = load(_place(config), _key(config, model))
     if found is None:
-        held, train = held_out(manifest), train_images(manifest, config.evaluation.judge_images)
-        with bar("evaluate", 1, "images") as live:
-
-            def progress(what: str, done: int, total: int) -> None:
-                live.show(what, done, total)
-
-            worker = ray_worker(model, config.cluster.cpus_per_worker, config.cluster.gpus_per_worker)
-            found = evaluate(
-                worker,
-                config.model.classes,
-                Labelled(train.images, train.labels),
-                Labelled(held.images, held.labels),
-                config.evaluation,
-                progress,
-            )
-        save(url, found, key)
+        found = _measure(config, model)
+        save(_place(config), found, _key(config, model))
         _track(config, model, found)
     show(rows(found, config.evaluation))
     return found
 
 
+def _measure(config: RunConfig, model: Model) -> Evaluation:
+    from pipeline.cluster.batch import ray_worker
+
+    manifest = load_manifest(config.stream.url, model.card["data"]["digest"])
+    held, train = held_out(manifest), train_images(manifest, config.evaluation.judge_images)
+    with phases("images") as progress:
+        return evaluate(
+            ray_worker(model, 1.0, config.cluster.gpus_per_worker),
+            config.model.classes,
+            Labelled(train.images, train.labels),
+            Labelled(held.images, held.labels),
+            config.evaluation,
+            progress,
+        )
+
+
 def _track(config: RunConfig, model: Model, found: Evaluation) -> None:
-    from pipeline.tracking.runs import log_evaluation
+    from pipeline.tracking.results import log_results
 
     run_id = model.card.get("mlflow_run")
     if run_id:
-        log_evaluation(config.tracking.uri, run_id, found.metrics(), int(model.card["images_seen"]))
+        log_results(config.tracking.uri, run_id, found.metrics(), int(model.card["images_seen"]), found.samples)
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""Progress on a terminal: a live bar, or one plain line every few seconds where there is no terminal (logs, `ray job submit`)."""
+"""Progress on a terminal: a live bar, or one plain line every few seconds where there is no terminal (logs, `ray job
+submit`).
+"""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -54,3 +56,19 @@ def bar(what: str, total: float, unit: str) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console) as progress:
         yield Bar(what, total, unit, progress)
+
+
+@contextmanager
+def phases(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar after another: the yielded function takes (what, done, total) and opens a bar where `what` changes."""
+    with ExitStack() as stack:
+        current: dict[str, Bar] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in current:
+                stack.pop_all().close()
+                current.clear()
+                current[what] = stack.enter_context(bar(what, total, unit))
+            current[what].update(done)
+
+        yield show

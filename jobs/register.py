@@ -1,10 +1,12 @@
-"""The run's model becomes version N of models:/NAME, its card holding lineage and measured quality, and an alias points to it.
+"""The run's model becomes version N of models:/NAME, its card holding lineage and measured quality, and an alias points
+to it.
 
-Refused where the evaluation misses what the run file demands of it (evaluation.min_agreement, evaluation.max_frechet_ratio).
+Refused where the evaluation misses what the run file demands of it (evaluation.min_agreement,
+evaluation.max_frechet_ratio).
 """
 
 from jobs import cli
-from jobs.evaluate import model_url
+from jobs.evaluate import model_url, stored
 from pipeline import model as models
 from pipeline.config import RunConfig, load_config
 from pipeline.data import storage
@@ -60,11 +62,11 @@ def main() -> None:
 
 
 def _stored(config: RunConfig) -> Evaluation:
-    from jobs.evaluate import stored
-
     found = stored(config)
     if found is None:
-        raise ValueError(f"the model at {model_url(config)} has no evaluation: run jobs.evaluate first, or --unmeasured")
+        raise ValueError(
+            f"the model at {model_url(config)} has no evaluation: run jobs.evaluate first, or --unmeasured"
+        )
     return found
 
 

@@ -34,8 +34,9 @@ class PeakMemory:
 
 
 def tree_bytes(root: psutil.Process) -> int:
-    """Proportional set size (pages shared by n processes count 1/n) of a process and its descendants; resident size where the
-    system does not tell it."""
+    """Proportional set size (pages shared by n processes count 1/n) of a process and its descendants; resident size
+    where the system does not tell it.
+    """
     total = 0
     for process in [root, *root.children(recursive=True)]:
         try:

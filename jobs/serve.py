@@ -1,7 +1,7 @@
 """Sampling and likelihood endpoints of a registered model, behind Ray Serve.
 
-On a cluster (ray job submit, or RAY_ADDRESS) the endpoint is deployed and stays after the job has ended; `--stop` ends it. Without
-one it runs here until Ctrl-C. The page is at /, the API's documentation at /docs.
+On a cluster (ray job submit, or RAY_ADDRESS) the endpoint is deployed and stays after the job has ended; `--stop` ends
+it. Without one it runs here until Ctrl-C. The page is at /, the API's documentation at /docs.
 """
 
 import os

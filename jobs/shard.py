@@ -1,4 +1,6 @@
-"""Images to WebDataset shards with a Parquet manifest, by Ray tasks. Run again, it verifies what is there and makes what is missing."""
+"""Images to WebDataset shards with a Parquet manifest, by Ray tasks. Run again, it verifies what is there and makes
+what is missing.
+"""
 
 from jobs import cli
 from jobs.progress import bar
@@ -24,7 +26,7 @@ def run(config: RunConfig) -> Manifest:
     train, held_out = manifest.split(TRAIN), manifest.split(HELD_OUT)
     rejected = manifest.card["rejected"]
     cli.console.print(
-        f"  {manifest.url}: {train.samples:,} training and {held_out.samples:,} held-out images in "
+        f"  {manifest.url}: {train.total:,} training and {held_out.total:,} held-out images in "
         f"{len(train.urls) + len(held_out.urls)} shards, {rejected} rejected; manifest {manifest.digest[:12]}"
     )
     if rejected:

@@ -1,4 +1,5 @@
-"""Train a diffusion model on a shard set with Ray Train, or in this process with --local. Run again, it goes on from its newest checkpoint.
+"""Train a diffusion model on a shard set with Ray Train, or in this process with --local. Run again, it goes on from
+its newest checkpoint.
 
 Ctrl-C once saves a checkpoint and stops. The trained model (EMA weights and card) is left at OUTPUT/model.
 """
@@ -15,7 +16,7 @@ from pipeline.training import events as say
 
 @dataclass
 class Terminal:
-    """The loop's events on a terminal: a bar with loss and held-out bits/dim, and a line for what a person must know."""
+    """The loop's events on a terminal: a bar with loss and held-out bits/dim, and lines for what one must know."""
 
     live: Bar
     notes: dict[str, str] = field(default_factory=dict)
@@ -43,7 +44,8 @@ class Terminal:
             cli.console.print(f"  not used: {line}")
         start = f"going on from {event.checkpoint}" if event.checkpoint else "from the start"
         cli.console.print(
-            f"  {event.parameters:,} parameters, batch {event.batch_size}, {event.world_size} workers, {event.precision}; {start}"
+            f"  {event.parameters:,} parameters, batch {event.batch_size}, {event.world_size} workers, "
+            f"{event.precision}; {start}"
         )
 
 

@@ -1,9 +1,9 @@
 """From a bucket of images to autoscaled sampling and likelihood endpoints for diffusion models.
 
-    import pipeline
-    model = pipeline.load("models:/digits@champion")
-    images = model.sample(16)
-    print(model.bits_per_dim(images).bits_per_dim)
+import pipeline
+model = pipeline.load("models:/digits@champion")
+images = model.sample(16)
+print(model.bits_per_dim(images).bits_per_dim)
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +17,8 @@ __version__ = "0.1.0"
 def load(url: str, *, device: str = "cpu", tracking_uri: str | None = None) -> "Model":
     """A trained model, verified against its digests.
 
-    url: `models:/NAME@alias` or `models:/NAME/VERSION` in the MLflow registry, or a model directory (local path or s3://).
+    url: `models:/NAME@alias` or `models:/NAME/VERSION` in the MLflow registry, or a model directory (local path or
+    s3://).
     device: where the network runs; tracking_uri: the registry's server or database (default: MLflow's own setting).
 
     Raises:

@@ -20,8 +20,9 @@ from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import key_seed
 from pipeline.model import Model, ModelConfig, Scoring, build, save
 from pipeline.training.checkpoint import newest
-from pipeline.training.events import Event
+from pipeline.training.events import Event, Finished
 from pipeline.training.loop import Hooks, RunError, Task, train
+from pipeline.training.loop import standing as training_standing
 from pipeline.training.step import Place
 
 if TYPE_CHECKING:
@@ -84,6 +85,17 @@ def train_here(config: "RunConfig", stop: Callable[[], bool] = lambda: False) ->
     manifest = load_manifest(config.stream.url)
     device = torch.device("cuda" if config.cluster.gpus_per_worker > 0 else "cpu")
     yield from train(assemble(config, manifest, Place(device=device), thread_stream, stop))
+
+
+def standing(config: "RunConfig", manifest: Manifest) -> Finished | None:
+    """The end of this run's training where it is there already, and checks that need no worker.
+
+    Raises:
+        RunError: the shard set does not fit the model, or the checkpoints at `output` are of another run.
+    """
+    fits(config.model, manifest)
+    facts = identity(config, manifest)
+    return training_standing(config.training, config.stream.batch_size, checkpoints(config), facts)
 
 
 def identity(config: "RunConfig", manifest: Manifest) -> dict[str, Any]:

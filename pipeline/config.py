@@ -1,7 +1,7 @@
 """The run file: one complete, typed, strict YAML file for a whole run, and `a.b=c` overrides on the command line.
 
-Each section is a dataclass that lives beside its owner. An unknown key is an error that names the valid ones; the help of a key is
-the text beside its type.
+Each section is a dataclass that lives beside its owner. An unknown key is an error that names the valid ones; the help
+of a key is the text beside its type.
 """
 
 import difflib
@@ -44,7 +44,9 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where runs and models are recorded. Credentials come from the environment (MLFLOW_TRACKING_USERNAME, ...), never from here."""
+    """Where runs and models are recorded. Credentials come from the environment (MLFLOW_TRACKING_USERNAME, ...), never
+    from here.
+    """
 
     uri: Annotated[str, "MLflow server (http://...) or database (sqlite:///path.db)"] = "sqlite:///artifacts/mlflow.db"
     experiment: Annotated[str, "MLflow experiment"] = "raydiffusion"
@@ -162,7 +164,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`. A choice (a mapping with a name) that is given another name starts afresh: its options were the other's."""
+    """`over` laid on `base`. A choice (a mapping with a name) that is given another name starts afresh: its options
+    were the other's.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

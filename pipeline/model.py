@@ -1,7 +1,8 @@
 """A model: a denoiser with its configuration and card, and the directory it is stored in.
 
-A model directory is verifiable data: `model.safetensors` (EMA weights), `config.json` (`ModelConfig`), `card.json` (lineage and
-metrics) and `digests.json`, written last, with the sha256 of each of them. Its own sha256 is the model's digest.
+A model directory is verifiable data: `model.safetensors` (EMA weights), `config.json` (`ModelConfig`), `card.json`
+(lineage and metrics) and `digests.json`, written last, with the sha256 of each of them. Its own sha256 is the model's
+digest.
 """
 
 import hashlib
@@ -151,7 +152,7 @@ class Model:
         label = torch.full((n,), -1) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
         if label.shape != (n,):
             raise ValueError(f"labels: need one an image, {n}, got shape {tuple(label.shape)}")
-        if n and not (-1 <= int(label.min()) and int(label.max()) < self.config.classes):
+        if n and not (int(label.min()) >= -1 and int(label.max()) < self.config.classes):
             raise ValueError(
                 f"labels must lie in 0..{self.config.classes - 1}, or be -1 for no class; got {label.tolist()}"
             )
@@ -168,7 +169,9 @@ class Model:
     def sampling(
         self, seeds: Sequence[int], labels: Sequence[int] | Tensor | None = None, how: Sampling | None = None
     ) -> Procedure[Tensor]:
-        """The procedure that makes len(seeds) images, float (n, C, H, W) in model space; image i depends on seeds[i] alone."""
+        """The procedure that makes len(seeds) images, float (n, C, H, W) in model space; image i depends on seeds[i]
+        alone.
+        """
         how = how or Sampling()
         conditioning = self.conditioning(labels, len(seeds))
         noise = Noise(seeds, self.device)
@@ -193,9 +196,8 @@ class Model:
         """The procedure that scores uint8 images (n, C, H, W); image i's estimate depends on seeds[i] alone."""
         how = how or Scoring()
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.config.shape:
-            raise ValueError(
-                f"images must be uint8 (n, {', '.join(map(str, self.config.shape))}), got {pixels.dtype} {tuple(pixels.shape)}"
-            )
+            shape = ", ".join(map(str, self.config.shape))
+            raise ValueError(f"images must be uint8 (n, {shape}), got {pixels.dtype} {tuple(pixels.shape)}")
         x = images.to_model(pixels.to(self.device))
         estimator = choose(ESTIMATORS, how.estimator, "estimator")
         conditioning = self.conditioning(labels, len(pixels))
@@ -217,7 +219,8 @@ class Model:
         return drive(self.scoring(pixels, seeds, labels, how), self.networks)
 
 
-# --- the directory -----------------------------------------------------------------------------------------------------
+# --- the directory
+# -----------------------------------------------------------------------------------------------------
 
 
 def _canonical(value: Any) -> bytes:
@@ -225,7 +228,9 @@ def _canonical(value: Any) -> bytes:
 
 
 def save(url: str, config: ModelConfig, weights: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
-    """Write a model directory at `url` (local or s3://); the digests go last, so a cut-off save is never loaded. Returns the digest."""
+    """Write a model directory at `url` (local or s3://); the digests go last, so a cut-off save is never loaded.
+    Returns the digest.
+    """
     contents = {
         "model.safetensors": safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in weights.items()}),
         "config.json": _canonical(asdict(config)),

@@ -1,7 +1,7 @@
 """The few operations that several networks share. Stateless: the weights belong to the networks."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,31 +110,29 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    return SparseDropout.apply(x.contiguous(memory_format=layout(x)), p)[0]
+    x = x.contiguous(memory_format=layout(x))
+    return cast(Tensor, SparseDropout.apply(x, dropped_positions(x.numel(), p), 1 / (1 - p)))
 
 
 class SparseDropout(torch.autograd.Function):
-    """Dropout that draws the distances between dropped elements, p numbers an element in place of one."""
+    """x * scale, in place, but 0 at some positions of its memory: with p numbers drawn an element in place of one."""
 
     @staticmethod
-    def forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        dropped = dropped_positions(x.numel(), p)
-        in_memory_order(x.mul_(1 / (1 - p))).index_fill_(0, dropped, 0.0)
-        return x, dropped
+    def forward(x: Tensor, dropped: Tensor, scale: float) -> Tensor:
+        in_memory_order(x.mul_(scale)).index_fill_(0, dropped, 0.0)
+        return x
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-        x, p = inputs
-        ctx.mark_dirty(x)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-        ctx.scale, ctx.layout = 1 / (1 - p), layout(x)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(inputs[1])
+        ctx.scale, ctx.layout = inputs[2], layout(output)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         grad = (grad_outputs[0] * ctx.scale).contiguous(memory_format=ctx.layout)
         in_memory_order(grad).index_fill_(0, ctx.saved_tensors[0], 0.0)
-        return grad, None
+        return grad, None, None
 
 
 def dropped_positions(count: int, p: float) -> Tensor:

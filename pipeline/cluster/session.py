@@ -1,4 +1,6 @@
-"""A Ray session: the cluster around this job, the one named, or one started on this machine for as long as the job lasts."""
+"""A Ray session: the cluster around this job, the one named, or one started on this machine for as long as the job
+lasts.
+"""
 
 import os
 import secrets
@@ -8,7 +10,7 @@ from pathlib import Path
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for this poll; the default of 2 s is felt at every checkpoint
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for this poll: 2 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else a worker's lines come twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -18,8 +20,8 @@ QUIET = {
 def prepare_environment() -> None:
     """Settings that Ray reads when it is imported; call before anything that imports Ray.
 
-    Ray runs in token mode. Where the caller has chosen neither a mode nor a token, a fresh token is kept in this process's
-    environment (its children inherit it) and never written to a file.
+    Ray runs in token mode. Where the caller has chosen neither a mode nor a token, a fresh token is kept in this
+    process's environment (its children inherit it) and never written to a file.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -33,9 +35,9 @@ def prepare_environment() -> None:
 def session(address: str | None = None, *, cpus: float | None = None) -> Iterator[None]:
     """Connect to Ray for the length of the block.
 
-    address: a cluster to join; None joins the one this job was submitted to (RAY_ADDRESS), else starts one on this machine, which
-    ends with the block. cpus: logical cores of a cluster started here; None takes the machine's. A session within a session is
-    the outer one.
+    address: a cluster to join; None joins the one this job was submitted to (RAY_ADDRESS), else starts one on this
+    machine, which ends with the block. cpus: logical cores of a cluster started here; None takes the machine's. A
+    session within a session is the outer one.
 
     Raises:
         ConnectionError: no Ray cluster answers at `address`.

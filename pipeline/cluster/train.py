@@ -46,11 +46,14 @@ def fit(config: "RunConfig", on_event: Callable[[say.Event], None]) -> say.Finis
     """
     config = with_full_paths(config)
     preflight(config, alive_nodes())
+    finished = assembly.standing(config, load_manifest(config.stream.url))
+    if finished is not None:
+        on_event(finished)
+        return finished
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     storage.delete(storage.join(assembly.checkpoints(config), SNAPSHOT))  # our commit records are the only authority
     channel = open_channel()
     fitting = _Fitting(trainer(config, channel))
-    finished: say.Finished | None = None
     with stop_on_signals() as stop:
         fitting.start()
         for line in listen(channel, fitting, stop):

@@ -1,8 +1,9 @@
 """8-bit images of known probability: Gaussian random fields on a small grid, rounded to grey levels.
 
-A draw of N(mu, K), in grey levels, rounded to integers v has log P(v) = log N(v; mu, K + I/12), within 1e-5 bits/dim
-where each pixel's standard deviation given the others exceeds 2 (1/12 is the variance of a rounding error; without it
-the probability is off by up to 0.015 bits/dim). So a likelihood can be held against the truth, image by image.
+A draw of N(mu, K), in grey levels, rounded to integers v has log P(v) = log N(v; mu, K + I/12): where each pixel's
+standard deviation given the others exceeds 2, within 1e-5 bits/dim on average and 1e-4 for a typical image (1/12 is
+the variance of a rounding error; without it the probability is off by up to 0.015 bits/dim). A likelihood can be held
+against the truth, image by image.
 """
 
 import math

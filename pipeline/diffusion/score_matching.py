@@ -108,7 +108,7 @@ def _hutchinson(eps_hat: Tensor, y: Tensor, probes: int, generator: torch.Genera
 
 
 def _sliced(eps_hat: Tensor, y: Tensor, probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Both terms along random directions (Song et al. 2019, eq. 8)."""
+    """Both terms along random directions (Song et al. 2019, "Sliced score matching")."""
     v = torch.randn(probes, *y.shape, generator=generator, dtype=y.dtype, device=y.device)
     return (v * eps_hat).flatten(2).sum(2).square().mean(0), _products(eps_hat, y, v).mean(0)
 

@@ -15,8 +15,8 @@ from pipeline.evaluation.bits_per_dim import Scores, score
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.features import Labelled, features_of
 from pipeline.evaluation.memorisation import Memorisation, memorisation
-from pipeline.evaluation.quality import Agreement, Frechet, class_agreement, frechet_to_held_out
-from pipeline.evaluation.statistics import Estimate
+from pipeline.evaluation.quality import Agreement, class_agreement, frechet_to_held_out
+from pipeline.evaluation.statistics import Compared, Estimate
 from pipeline.evaluation.work import Worker, finish, sample_work
 from pipeline.model import Scoring
 
@@ -30,11 +30,13 @@ class Evaluation:
     """What was found. samples: uint8 (n, C, H, W); asked: (n,) the class of each, None for a model without classes.
 
     scores: by estimator. agreement: None for a model without classes.
+    frechet: to held-out images, in `features`.
     """
 
     scores: dict[str, Scores]
     agreement: Agreement | None
-    frechet: Frechet
+    frechet: Compared
+    features: str
     copies: Memorisation
     samples: Tensor
     asked: Tensor | None
@@ -48,9 +50,9 @@ class Evaluation:
         if self.agreement is not None:
             found["class_agreement"] = self.agreement.share.value
             found["class_agreement_of_held_out"] = self.agreement.judge.value
-        found["frechet_distance"] = self.frechet.samples.value
+        found["frechet_distance"] = self.frechet.distance.value
         found["frechet_floor"] = self.frechet.floor.value
-        found["frechet_ratio"] = self.frechet.ratio
+        found["frechet_ratio"] = self.frechet.ratio.value
         found["near_copies"] = self.copies.share.value
         found["near_copies_of_held_out"] = self.copies.held_out_share.value
         return found
@@ -125,6 +127,7 @@ def judge(
         scores,
         None if asked is None else class_agreement(samples, asked, train, held_out),
         frechet_to_held_out(samples, train.images, held_out.images, features, config.resamples, config.seed),
+        features.about,
         memorisation(samples, train.images, held_out.images, config.near_copy_share),
         samples,
         asked,
@@ -138,6 +141,10 @@ ESTIMATOR_NAMES = {"vlb": "variational bound", "ode": "probability-flow ODE"}
 
 def _percent(share: Estimate) -> str:
     return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
+
+
+def _interval(found: Estimate) -> str:
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def rows(found: Evaluation, config: EvaluationConfig) -> list[Row]:
@@ -162,23 +169,22 @@ def rows(found: Evaluation, config: EvaluationConfig) -> list[Row]:
             )
         )
     frechet, bar = found.frechet, config.max_frechet_ratio
-    low, high = frechet.samples.low, frechet.samples.high
     table += [
         Row(
             "Fréchet distance, samples to held-out",
-            f"{frechet.samples.value:.2f} ({low:.2f} to {high:.2f})",
-            frechet.features,
+            _interval(frechet.distance),
+            found.features,
         ),
         Row(
             "Fréchet distance, training to held-out (floor)",
-            f"{frechet.floor.value:.2f} ({frechet.floor.low:.2f} to {frechet.floor.high:.2f})",
+            _interval(frechet.floor),
             "what finite sets of real images are apart",
         ),
         Row(
             "Fréchet distance in floors",
-            f"{frechet.ratio:.2f}",
+            _interval(frechet.ratio),
             "" if bar is None else f"at most {bar:g} demanded",
-            None if bar is None else frechet.ratio <= bar,
+            None if bar is None else frechet.ratio.value <= bar,
         ),
     ]
     copies = found.copies
@@ -217,6 +223,7 @@ def save(url: str, found: Evaluation, key: Mapping[str, Any]) -> None:
         "scores": {name: asdict(scores) for name, scores in found.scores.items()},
         "agreement": None if found.agreement is None else asdict(found.agreement),
         "frechet": asdict(found.frechet),
+        "features": found.features,
         "copies": {
             "threshold": copies.threshold,
             "share": asdict(copies.share),
@@ -252,7 +259,8 @@ def load(url: str, key: Mapping[str, Any]) -> Evaluation | None:
         None
         if agreement is None
         else Agreement(Estimate(**agreement["share"]), tuple(agreement["by_class"]), Estimate(**agreement["judge"])),
-        Frechet(Estimate(**frechet["samples"]), Estimate(**frechet["floor"]), frechet["features"]),
+        Compared(**{name: Estimate(**value) for name, value in frechet.items()}),
+        values["features"],
         Memorisation(
             copies["threshold"],
             Estimate(**copies["share"]),

@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.data.images import encode_png
 
 GAP = 1  # pixels between cells
-GROUND = 128  # grey level of the gaps
+GROUND = 60  # grey level of the gaps
 
 
 def grid(images: Tensor, columns: int, gap: int = GAP) -> Tensor:

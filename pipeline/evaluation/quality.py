@@ -7,11 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.features import Features, Labelled
-from pipeline.evaluation.statistics import Estimate, frechet_estimate, wilson
-
-__all__ = ["Agreement", "EvaluationConfig", "Frechet", "Labelled", "class_agreement", "frechet_to_held_out"]
+from pipeline.evaluation.statistics import Compared, Estimate, frechet_compared, wilson
 
 JUDGE_IMAGES = 5_000  # a support vector machine's time grows with the square of them
 
@@ -56,27 +53,12 @@ def class_agreement(samples: Tensor, asked: Tensor, train: Labelled, held_out: L
     return Agreement(wilson(int(right.sum()), len(right)), by_class, wilson(int(known.sum()), len(known)))
 
 
-@dataclass(frozen=True)
-class Frechet:
-    """samples: distance of samples to held-out images; floor: of training images to held-out images; 95% intervals."""
-
-    samples: Estimate
-    floor: Estimate
-    features: str
-
-    @property
-    def ratio(self) -> float:
-        """In floors: 1 is as close to the held-out images as the training images are."""
-        return self.samples.value / self.floor.value
-
-
 def frechet_to_held_out(
     samples: Tensor, train: Tensor, held_out: Tensor, features: Features, resamples: int, seed: int
-) -> Frechet:
-    """All images uint8 (., C, H, W)."""
-    theirs = features.extract(held_out)
-    return Frechet(
-        frechet_estimate(features.extract(samples), theirs, resamples, seed),
-        frechet_estimate(features.extract(train), theirs, resamples, seed),
-        features.about,
-    )
+) -> Compared:
+    """Distance of samples to held-out images, and as the floor that of training images to held-out images.
+
+    A ratio of 1 is as close to the held-out images as the training images are. All images uint8 (., C, H, W).
+    """
+    ours, floor, theirs = (features.extract(images) for images in (samples, train, held_out))
+    return frechet_compared(ours, floor, theirs, resamples, seed)

@@ -130,7 +130,7 @@ def _tiles(found: Evaluation) -> str:
     ]
     if found.agreement is not None:
         tiles.append((f"{found.agreement.share.value:.1%}", f"of {len(found.samples):,} samples show the asked class"))
-    tiles.append((f"{found.frechet.ratio:.2f} ×", "the Fréchet floor of real images"))
+    tiles.append((f"{found.frechet.ratio.value:.2f} ×", "the Fréchet floor of real images"))
     tiles.append((f"{found.copies.share.value:.1%}", f"near-copies (held-out {found.copies.held_out_share.value:.1%})"))
     cells = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in tiles)
     return f'<div class="tiles">\n{"".join(cells)}\n</div>'
@@ -191,7 +191,7 @@ def _likelihood(report: Report) -> tuple[str, str]:
     ]
     return (
         _section("Held-out bits/dim, image by image", charts.histograms(parts, "bits/dim")),
-        _section("Its ends", "".join(ends)),
+        _section("The likeliest and the least likely", "".join(ends)),
     )
 
 

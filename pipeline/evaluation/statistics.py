@@ -83,17 +83,35 @@ def frechet_distance(a: Floats, b: Floats) -> float:
     return frechet(moments(a), moments(b))
 
 
-def frechet_estimate(a: Floats, b: Floats, resamples: int, seed: int) -> Estimate:
-    """The Frechet distance with a 95% interval by the bootstrap of both sets.
+@dataclass(frozen=True)
+class Compared:
+    """Frechet distances to one reference set: of a, of a floor, and a's in floors."""
+
+    distance: Estimate
+    floor: Estimate
+    ratio: Estimate
+
+
+def frechet_compared(a: Floats, floor: Floats, reference: Floats, resamples: int, seed: int) -> Compared:
+    """Distances of two sets to a third, each with a 95% interval by the bootstrap of all sets.
 
     The distance of finite sets is biased upward, and a resample's once more by about as much: the interval is that of
-    the resamples, shifted by their mean excess, and so one for the distance at these numbers of rows.
+    the resamples, shifted by their mean excess, and so one for the distance at these numbers of rows. In the ratio the
+    reference is the same resample above and below, so that its chance largely cancels.
     """
-    value = frechet_distance(a, b)
     rng = np.random.default_rng(seed)
-    draws = np.empty(resamples)
+    draws = np.empty((resamples, 2))
     for index in range(resamples):
-        parts = [moments(x, rng.multinomial(len(x), np.full(len(x), 1 / len(x)))) for x in (a, b)]
-        draws[index] = frechet(parts[0], parts[1])
+        ours, base, target = (
+            moments(x, rng.multinomial(len(x), np.full(len(x), 1 / len(x)))) for x in (a, floor, reference)
+        )
+        draws[index] = frechet(ours, target), frechet(base, target)
+    values = frechet_distance(a, reference), frechet_distance(floor, reference)
+    ratio = values[0] / values[1] if values[1] > 0 else math.inf
+    ratios = draws[:, 0] / np.maximum(draws[:, 1], np.finfo(np.float64).tiny)
+    return Compared(_shifted(values[0], draws[:, 0]), _shifted(values[1], draws[:, 1]), _shifted(ratio, ratios))
+
+
+def _shifted(value: float, draws: Floats) -> Estimate:
     low, high = np.quantile(draws - (draws.mean() - value), (0.025, 0.975))
     return Estimate(value, max(0.0, float(low)), float(high))

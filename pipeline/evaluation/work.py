@@ -6,7 +6,6 @@ image has its own seed: the answers are the same whoever does the pieces.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -64,12 +63,8 @@ Work = SampleWork | ScoreWork
 Result = Tensor | Likelihood
 
 
-class Worker(Protocol):
-    """Whoever does pieces of work with one model."""
-
-    def __call__(self, work: Sequence[Work]) -> Iterator[tuple[int, Result]]:
-        """Yields (place in `work`, result) as they are done, in any order."""
-        ...
+# Whoever does pieces of work with one model: yields (place in the list, result) as they are done, in any order.
+Worker = Callable[[Sequence[Work]], Iterator[tuple[int, Result]]]
 
 
 def here(model: Model) -> Worker:

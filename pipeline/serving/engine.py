@@ -1,7 +1,7 @@
 """Step-level continuous batching: one worker thread answers the open queries of all live requests together.
 
-A request is a procedure (any sampler, any likelihood estimator). At each turn the engine takes the rows that have
-waited longest, whatever their request, sampler, step count or progress, calls the network once on exactly `chunk` rows
+A request is a procedure (any sampler, any likelihood estimator). At each turn the engine takes the rows that are
+most urgent, whatever their request, sampler, step count or progress, calls the network once on exactly `chunk` rows
 (padded where fewer are open) and resumes the procedures whose query is complete. So requests join and leave between two
 network calls, a long query is answered over several turns, and a request's floats do not depend on its company. No Ray
 and no web framework here.
@@ -12,19 +12,21 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.procedure import Answer, Procedure, Query, answer_queries
+from pipeline.serving.job import Job, OpenQueries, Progress, finite, joined
 
 T = TypeVar("T")
-RATE_MEMORY = 0.05  # share of the newest turn in the running mean of the network's rate
+RATE_MEMORY = 0.05  # share of the newest network call in the running mean of their seconds
+FIRST_GUESS_S = 0.01
+STRETCH = 4.0
 
 
 class EngineBusy(RuntimeError):
@@ -48,14 +50,6 @@ class NotFinite(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """After an evaluation of the main network: `evaluations` so far and its x_hat, (rows of the query, ...), a copy."""
-
-    evaluations: int
-    x_hat: Tensor
-
-
-@dataclass(frozen=True)
 class Outcome(Generic[T]):
     """What a request came to.
 
@@ -75,7 +69,7 @@ class Load:
     """The engine's state now and its counts since it started.
 
     waiting, live: requests not yet started, and started; live_rows: images of the live ones; queued_cost: row
-    evaluations still owed to all of them; rows_per_s: running mean of the network's rate; calls, rows, padded_rows:
+    evaluations still owed to all of them; rows_per_s: the rate of full network calls; calls, rows, padded_rows:
     network calls, rows answered and rows wasted; network_s, turn_s: seconds inside the network, and in whole turns.
     """
 
@@ -95,90 +89,12 @@ class Load:
     turn_s: float
 
 
-class _Job:
-    """A request inside the engine; touched by the worker thread only, but for `future`."""
-
-    __slots__ = (
-        "answered",
-        "build",
-        "cost",
-        "deadline",
-        "evaluations",
-        "future",
-        "name",
-        "number",
-        "on_progress",
-        "opened",
-        "over",
-        "parts",
-        "procedure",
-        "query",
-        "row_evaluations",
-        "rows",
-        "started_s",
-        "submitted_s",
-    )
-
-    def __init__(
-        self,
-        number: int,
-        build: Callable[[], Procedure[Any]],
-        rows: int,
-        cost: int,
-        deadline: float | None,
-        on_progress: Callable[[Progress], None] | None,
-        name: str,
-    ) -> None:
-        self.number, self.build, self.rows, self.cost = number, build, rows, cost
-        self.deadline, self.on_progress, self.name = deadline, on_progress, name
-        self.future: Future[Outcome[Any]] = Future()
-        self.procedure: Procedure[Any] | None = None
-        self.query: Query | None = None
-        self.parts: list[Answer] = []  # answers to the first rows of the query
-        self.answered = 0  # rows of the query that have one
-        self.opened = 0  # turn stamp: since when its next row has been waiting
-        self.evaluations = self.row_evaluations = 0
-        self.submitted_s = time.monotonic()
-        self.started_s = self.submitted_s
-        self.over = False
-
-
-Kind = tuple[str, int, torch.Size, torch.dtype, bool]
-
-
-def _kind(query: Query) -> Kind:
-    """Queries of one kind can share a network call without changing each other's floats."""
-    probes = 0 if query.probes is None else len(query.probes)
-    return query.network, probes, query.y.shape[1:], query.y.dtype, query.conditioning.label is not None
-
-
-def _part(query: Query, start: int, count: int) -> Query:
-    if start == 0 and count == query.rows:
-        return query
-    rows = slice(start, start + count)
-    probes = None if query.probes is None else query.probes[:, rows]
-    return Query(query.y[rows], query.gamma[rows], query.conditioning[rows], query.network, probes)
-
-
-def _joined(parts: Sequence[Answer]) -> Answer:
-    if len(parts) == 1:
-        return parts[0]
-    variances = [p.variance for p in parts if p.variance is not None]
-    products = [p.products for p in parts if p.products is not None]
-    return Answer(
-        torch.cat([p.x_hat for p in parts]),
-        torch.cat(variances) if variances else None,
-        torch.cat(products, dim=1) if products else None,
-    )
-
-
-def _finite(answer: Answer) -> bool:
-    finite = bool(torch.isfinite(answer.x_hat).all())
-    return finite and (answer.products is None or bool(torch.isfinite(answer.products).all()))
-
-
 class Engine:
     """Answers procedures until it is closed; owns one worker thread.
+
+    Which rows go first: a request is due at its submission plus `STRETCH` times the seconds its cost takes, or when its
+    deadline leaves no more time; what is due first goes first. So small requests pass large ones, equal ones are served
+    in order, and none waits for ever. Queries that cannot share a call (with probes, of another network) take turns.
 
     networks: by name, as `Model.networks`. chunk: rows of every network call. max_live_rows: images in progress at once
     (the memory of their states); a larger request runs alone. max_queued_cost: row evaluations that may be owed before
@@ -202,22 +118,23 @@ class Engine:
         self.max_live_rows, self.max_queued_cost = max_live_rows, max_queued_cost
         self._threads = threads if threads is not None else torch.get_num_threads()
         self._wake = threading.Condition()
-        self._numbers, self._stamps = itertools.count(), itertools.count()
+        self._numbers = itertools.count()
         # shared with callers, guarded by _wake
-        self._submitted: deque[_Job] = deque()
-        self._left: deque[_Job] = deque()  # cancelled by their owner
+        self._submitted: deque[Job] = deque()
+        self._left: deque[Job] = deque()  # cancelled by their owner
         self._closing: str | None = None  # "drain" or "now"
         self._broken: BaseException | None = None
         # the worker's own
-        self._waiting: deque[_Job] = deque()
-        self._live: dict[int, _Job] = {}
-        self._open: dict[Kind, deque[_Job]] = {}
+        self._waiting: list[Job] = []  # heap
+        self._live: dict[int, Job] = {}
+        self._open = OpenQueries()
         self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, number)
-        self._timed: dict[int, _Job] = {}  # those of them that are not over
+        self._timed: dict[int, Job] = {}  # those of them that are not over
         self._live_rows = self._queued_cost = 0
         self._calls = self._rows = self._padded = 0
         self._finished = self._failed = self._cancelled = self._expired = 0
-        self._network_s = self._turn_s = self._row_s = 0.0
+        self._network_s = self._turn_s = 0.0
+        self._call_s = FIRST_GUESS_S  # running mean of a network call
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -253,9 +170,13 @@ class Engine:
             if self._queued_cost and self._queued_cost + cost > self.max_queued_cost:
                 raise EngineBusy(
                     f"{self._queued_cost} row evaluations are queued; {cost} more would pass {self.max_queued_cost}",
-                    retry_after_s=max(1.0, 0.5 * self._queued_cost * self._row_s),
+                    retry_after_s=max(1.0, 0.5 * self._queued_cost * self._call_s / self.chunk),
                 )
-            job = _Job(next(self._numbers), build, rows, cost, deadline, on_progress, name)
+            job = Job(next(self._numbers), build, rows, cost, deadline, on_progress, name)
+            alone_s = cost * self._call_s / self.chunk
+            job.due += STRETCH * alone_s
+            if deadline is not None:
+                job.due = min(job.due, deadline - alone_s)
             self._queued_cost += cost
             self._submitted.append(job)
             job.future.add_done_callback(lambda future: self._leave(job) if future.cancelled() else None)
@@ -270,7 +191,7 @@ class Engine:
                 live=len(self._live),
                 live_rows=self._live_rows,
                 queued_cost=self._queued_cost,
-                rows_per_s=1 / self._row_s if self._row_s else 0.0,
+                rows_per_s=self.chunk / self._call_s,
                 calls=self._calls,
                 rows=self._rows,
                 padded_rows=self._padded,
@@ -301,7 +222,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job) -> None:
         with self._wake:
             self._left.append(job)
             self._wake.notify()
@@ -327,8 +248,8 @@ class Engine:
         with self._wake:
             while not (self._submitted or self._left or self._live or self._waiting or self._closing):
                 self._wake.wait()
-            self._waiting.extend(self._submitted)
             for job in self._submitted:
+                heapq.heappush(self._waiting, job)
                 if job.deadline is not None:
                     heapq.heappush(self._deadlines, (job.deadline, job.number))
                     self._timed[job.number] = job
@@ -353,18 +274,16 @@ class Engine:
                 self._fail(job, DeadlineExceeded(f"the deadline passed after {job.evaluations} network evaluations"))
 
     def _admit(self) -> None:
-        """Start waiting requests, in order, while their images fit beside those in progress."""
+        """Start waiting requests, what is due first, while their images fit beside those in progress."""
         while self._waiting:
             job = self._waiting[0]
-            if job.over:
-                self._waiting.popleft()
-                continue
-            if self._live and self._live_rows + job.rows > self.max_live_rows:
+            if not job.over and self._live and self._live_rows + job.rows > self.max_live_rows:
                 return
-            self._waiting.popleft()
-            self._start(job)
+            heapq.heappop(self._waiting)
+            if not job.over:
+                self._start(job)
 
-    def _start(self, job: _Job) -> None:
+    def _start(self, job: Job) -> None:
         job.started_s = time.monotonic()
         self._live[job.number] = job
         self._live_rows += job.rows
@@ -379,36 +298,22 @@ class Engine:
         else:
             self._ask(job, query)
 
-    def _ask(self, job: _Job, query: Query) -> None:
+    def _ask(self, job: Job, query: Query) -> None:
         job.query, job.answered, job.parts = query, 0, []
-        self._queue(job, query)
-
-    def _queue(self, job: _Job, query: Query) -> None:
-        job.opened = next(self._stamps)
-        self._open.setdefault(_kind(query), deque()).append(job)
+        self._open.add(job)
 
     def _turn(self) -> None:
-        """One network call: the longest waiting rows of one kind."""
-        taken: list[tuple[_Job, Query]] = []
-        room = self.chunk
-        queue = self._oldest()
-        while queue and room:
-            job = queue.popleft()
-            if job.over or job.query is None:
-                continue
-            count = min(room, job.query.rows - job.answered)
-            taken.append((job, _part(job.query, job.answered, count)))
-            room -= count
+        """One network call."""
+        taken = self._open.take(self.chunk)
         if not taken:
             return
         started = time.perf_counter()
         answers = self._answers([query for _, query in taken])
         elapsed = time.perf_counter() - started
-        rows = self.chunk - room
-        share = RATE_MEMORY if self._row_s else 1.0
-        self._row_s += share * (elapsed / rows - self._row_s)
+        rows = sum(query.rows for _, query in taken)
+        self._call_s += RATE_MEMORY * (elapsed - self._call_s) if self._rows else elapsed - self._call_s
         self._network_s += elapsed
-        self._rows, self._padded = self._rows + rows, self._padded + room
+        self._rows, self._padded = self._rows + rows, self._padded + self.chunk - rows
         for (job, query), answer in zip(taken, answers, strict=True):
             if job.over:
                 continue
@@ -417,18 +322,6 @@ class Engine:
                 self._fail(job, answer)
             else:
                 self._receive(job, query.rows, answer)
-
-    def _oldest(self) -> deque[_Job] | None:
-        """The open queue whose head has waited longest."""
-        best: deque[_Job] | None = None
-        for kind, queue in list(self._open.items()):
-            while queue and queue[0].over:
-                queue.popleft()
-            if not queue:
-                del self._open[kind]
-            elif best is None or queue[0].opened < best[0].opened:
-                best = queue
-        return best
 
     def _answers(self, queries: list[Query]) -> list[Answer | Exception]:
         """All in one call; where that fails, one by one, so that a bad request fails alone."""
@@ -443,11 +336,11 @@ class Engine:
         both += [a.products.flatten() for a in answers if isinstance(a, Answer) and a.products is not None]
         if not bool(torch.isfinite(torch.cat(both)).all()):  # one look at all rows; who it was is asked only then
             for index, answer in enumerate(answers):
-                if isinstance(answer, Answer) and not _finite(answer):
+                if isinstance(answer, Answer) and not finite(answer):
                     answers[index] = NotFinite("the network answered with a value that is not finite")
         return answers
 
-    def _receive(self, job: _Job, rows: int, answer: Answer) -> None:
+    def _receive(self, job: Job, rows: int, answer: Answer) -> None:
         """Rows of a job's query are answered: go on with the rest of them, or resume the procedure."""
         query, procedure = job.query, job.procedure
         if query is None or procedure is None:
@@ -456,9 +349,9 @@ class Engine:
         job.parts.append(answer)
         self._count(job, rows)
         if job.answered < query.rows:
-            self._queue(job, query)  # behind those who wait: a large request takes one call a round, like a small one
+            self._open.add(job)
             return
-        answer = _joined(job.parts)
+        answer = joined(job.parts)
         job.evaluations += 1
         try:
             if job.on_progress is not None and query.network == "main" and query.probes is None:
@@ -474,13 +367,13 @@ class Engine:
 
     # --- endings -----------------------------------------------------------------------------------------------------
 
-    def _count(self, job: _Job, rows: int) -> None:
+    def _count(self, job: Job, rows: int) -> None:
         owed = min(rows, max(job.cost - job.row_evaluations, 0))
         job.row_evaluations += rows
         with self._wake:
             self._queued_cost -= owed
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: Job) -> None:
         """Forget a job and close its procedure; its future is the caller's to settle."""
         if job.over:
             return
@@ -497,7 +390,7 @@ class Engine:
         with self._wake:
             self._queued_cost -= max(job.cost - job.row_evaluations, 0)
 
-    def _finish(self, job: _Job, value: Any) -> None:
+    def _finish(self, job: Job, value: Any) -> None:
         now = time.monotonic()
         queued_s, run_s = job.started_s - job.submitted_s, now - job.started_s
         outcome = Outcome(value, job.evaluations, job.row_evaluations, queued_s, run_s)
@@ -505,13 +398,13 @@ class Engine:
         self._end(job)
         _settle(job.future, outcome)
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _fail(self, job: Job, error: Exception) -> None:
         if job.name:
             error.add_note(f"request {job.name}, evaluation {job.evaluations + 1}")
         self._end(job)
         _settle(job.future, error)
 
-    def _drop(self, job: _Job) -> None:
+    def _drop(self, job: Job) -> None:
         if not job.over:
             self._cancelled += 1
             self._end(job)

@@ -113,7 +113,7 @@ def plan_likelihood(
     n = len(encoded)
     if n > config.max_images:
         raise RequestError(f"at most {config.max_images} images a request, got {n}", "images")
-    estimator = procedure_of(_chosen(ESTIMATORS, request.estimator, "estimator"))
+    estimator = _chosen(ESTIMATORS, request.estimator, "estimator")
     known = options_of(estimator)
     options = _checked_options(request.options, known, f"estimator '{request.estimator}'")
     labels = _labels(request.labels, n, model)
@@ -139,11 +139,6 @@ def _chosen(table: Mapping[str, Any], name: str, kind: str) -> Any:
         return choose(table, name, kind)
     except ValueError as error:
         raise RequestError(str(error), kind) from None
-
-
-def procedure_of(entry: Any) -> Callable[..., Procedure[Any]]:
-    """The procedure of a table's entry."""
-    return getattr(entry, "procedure", entry)
 
 
 Kinds = tuple[type, ...]

@@ -38,7 +38,6 @@ from pipeline.serving.plans import (
     options_of,
     plan_generation,
     plan_likelihood,
-    procedure_of,
 )
 from pipeline.serving.requests import (
     GenerationRequest,
@@ -139,10 +138,10 @@ class Service:
             "channels": config.channels,
             "class_names": class_names(self.model),
             "samplers": {
-                name: {"grid": sampler.grid, "stochastic": sampler.stochastic, "options": _options(sampler)}
+                name: {"grid": sampler.grid, "stochastic": sampler.stochastic, "options": _options(sampler.procedure)}
                 for name, sampler in SAMPLERS.items()
             },
-            "estimators": {name: {"options": _options(entry)} for name, entry in ESTIMATORS.items()},
+            "estimators": {name: {"options": _options(estimator)} for name, estimator in ESTIMATORS.items()},
             "grids": list(GRIDS),
             "defaults": {"sampler": self.config.sampler, "steps": self.config.steps},
             "limits": {"images": self.config.max_images, "steps": self.config.max_steps},
@@ -354,7 +353,7 @@ def _histogram(scores: list[float]) -> dict[str, Any]:
     return {"count": len(scores), "counts": counts.tolist(), "edges": [round(float(edge), 6) for edge in edges]}
 
 
-def _options(entry: Any) -> dict[str, Any]:
+def _options(procedure: Callable[..., Any]) -> dict[str, Any]:
     """Options with defaults that JSON can carry."""
-    known = options_of(procedure_of(entry))
+    known = options_of(procedure)
     return {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, (_, v) in known.items()}

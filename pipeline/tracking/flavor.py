@@ -1,4 +1,5 @@
-"""`mlflow.pyfunc.load_model("models:/NAME@champion").predict(...)`: sampling and scoring through MLflow's generic interface.
+"""`mlflow.pyfunc.load_model("models:/NAME@champion").predict(...)`: sampling and scoring through MLflow's generic
+interface.
 
 The MLmodel file names this module; MLflow imports it and calls `_load_pyfunc` with the model directory.
 """

@@ -1,7 +1,8 @@
-"""The model registry: a model directory becomes version N of `models:/NAME`, and `models:/NAME@alias` becomes a directory again.
+"""The model registry: a model directory becomes version N of `models:/NAME`, and `models:/NAME@alias` becomes a
+directory again.
 
-MLflow stores the files of a model directory as they are (safetensors and JSON with digests, see `pipeline.model`), so nothing is
-pickled on the way in or out.
+MLflow stores the files of a model directory as they are (safetensors and JSON with digests, see `pipeline.model`), so
+nothing is pickled on the way in or out.
 """
 
 import tempfile
@@ -48,7 +49,8 @@ def register(
     tags: Mapping[str, str] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Version:
-    """The model directory at `url` as a version of `name`, with `alias` pointing to it. The same model again is the same version.
+    """The model directory at `url` as a version of `name`, with `alias` pointing to it. The same model again is the
+    same version.
 
     Raises:
         ValueError: the directory is damaged, or MLflow refuses; says why.
@@ -106,7 +108,9 @@ def fetch(url: str, *, tracking_uri: str | None = None) -> str:
 
 
 def _client(tracking_uri: str | None) -> MlflowClient:
-    """A client; `tracking_uri` also becomes MLflow's own setting, which it reads where a version's source is a logged model."""
+    """A client; `tracking_uri` also becomes MLflow's own setting, which it reads where a version's source is a logged
+    model.
+    """
     if tracking_uri is None:
         return MlflowClient()
     client = connect(tracking_uri)

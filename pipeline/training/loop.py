@@ -24,7 +24,7 @@ from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.loss import Objective
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training import events as say
-from pipeline.training.checkpoint import Saver, State, folder
+from pipeline.training.checkpoint import Saver, State, folder, newest
 from pipeline.training.ema import EMA, decay
 from pipeline.training.optim import LAWS, AdamW, clip_scale, gradient_norm, learning_rate
 from pipeline.training.restore import RunError, restore
@@ -162,6 +162,33 @@ def check(task: Task) -> None:
         raise RunError(f"training.precision: this {task.place.device.type} has no bf16 arithmetic; use fp32")
 
 
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], store: str) -> None:
+    """Raises RunError where a checkpoint is of another run; names what differs."""
+    differing = [
+        f"{key} was {before[key]!r}, is {value!r}" for key, value in now.items() if before.get(key, value) != value
+    ]
+    if differing:
+        raise RunError(
+            f"the checkpoints at {store} are of another run: {'; '.join(differing[:4])}; give this run another output, "
+            f"or remove them"
+        )
+
+
+def standing(config: TrainingConfig, batch_size: int, store: str, identity: Mapping[str, Any]) -> say.Finished | None:
+    """The end of a training that is there already, verified; None where there is something left to do.
+
+    Raises:
+        RunError: what is there is of another run.
+    """
+    state, _ = newest(store)
+    if state is None:
+        return None
+    check_identity(state.facts["identity"], identity, store)
+    if not state.facts["finished"] or state.step < math.ceil(config.images / batch_size):
+        return None
+    return say.Finished(state.step, state.step * batch_size, "budget", folder(store, state.step))
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether products in bf16 run in hardware."""
     if device.type == "cuda":
@@ -214,12 +241,7 @@ class _Run:
             RunError: it is of another run or another architecture; names what differs.
         """
         facts = state.facts
-        for key, value in self.task.identity.items():
-            if key in facts["identity"] and facts["identity"][key] != value:
-                raise RunError(
-                    f"the checkpoints at {self.task.store} are of another run: {key} was {facts['identity'][key]!r}, "
-                    f"is {value!r}; give this run another name, or remove them"
-                )
+        check_identity(facts["identity"], self.task.identity, self.task.store)
         try:
             self.denoiser.load_state_dict(dict(state.tensors["model"]))
             self.ema.load_state_dict(dict(state.tensors["ema"]))

@@ -197,6 +197,14 @@ def test_dropout_follows_the_global_seed_and_does_nothing_in_evaluation() -> Non
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_dropout_takes_views() -> None:
+    torch.manual_seed(0)
+    leaf = torch.rand(2, 8, 6, 6, requires_grad=True)
+    out = dropout((leaf + 1).permute(0, 3, 1, 2), 0.25, training=True)
+    (grad,) = torch.autograd.grad(out.sum(), leaf)
+    torch.testing.assert_close(grad, (out != 0).float().permute(0, 2, 3, 1) / 0.75)
+
+
 def test_dropout_differentiates_twice() -> None:
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
 

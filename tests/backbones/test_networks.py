@@ -115,6 +115,25 @@ def test_no_label_adds_nothing(name: str) -> None:
     assert (labelled[::2] - without[::2]).abs().amax((1, 2, 3)).min() > 1e-3
 
 
+@dataclasses.dataclass(frozen=True)
+class Augmented(Conditioning):
+    augmentation: Tensor | None = None
+
+
+def test_augmentation_labels_enter_the_unet() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL_UNET, augmentation_labels=9, last_gain=1.0)
+    made = build(config, channels=3, size=8, classes=0, out_channels=3).eval()
+    z, level = inputs()
+    described = torch.zeros(4, 9)
+    described[1, 4] = 1.0
+    without = made(z, level, Conditioning())
+    with_them = made(z, level, Augmented(augmentation=described))
+    changed = (with_them - without).abs().amax((1, 2, 3))
+    assert changed[1] > 1e-4
+    assert changed[[0, 2, 3]].max() < 1e-5
+
+
 @every
 def test_labels_without_classes_are_an_error(name: str) -> None:
     z, level = inputs()
@@ -214,18 +233,17 @@ def test_memory_layout_and_autocast_change_nothing_but_rounding(name: str) -> No
     assert F.mse_loss(half.float(), expected) < 1e-3 * expected.square().mean()
 
 
-@every
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("name", "training"), [*((name, True) for name in CONFIGS), ("unet", False)])
 def test_traces_as_one_graph(name: str, training: bool) -> None:
     """No Python that depends on data, no value fetched from the device: what compilation and CUDA graphs need."""
     z, level = inputs()
     made = network(name, classes=3).train(training)
     conditioning = Conditioning(torch.tensor([0, 1, 2, NO_LABEL]))
     torch.compiler.reset()
-    traced = torch.compile(made, backend="eager", fullgraph=True)
-    out = traced(z, level, conditioning)
-    out.square().mean().backward()
-    if not training:
+    out = torch.compile(made, backend="eager", fullgraph=True)(z, level, conditioning)
+    if training:
+        out.square().mean().backward()
+    else:
         torch.testing.assert_close(out, made(z, level, conditioning), rtol=1e-4, atol=1e-4)
 
 

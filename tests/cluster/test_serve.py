@@ -162,3 +162,15 @@ def test_replicas_get_paths_that_hold_anywhere(monkeypatch: pytest.MonkeyPatch, 
     assert serve._absolute("s3://bucket/model") == "s3://bucket/model"
     assert serve._absolute("sqlite:///artifacts/mlflow.db", "sqlite:///") == f"sqlite:///{tmp_path}/artifacts/mlflow.db"
     assert serve._absolute("http://mlflow:5000", "sqlite:///") == "http://mlflow:5000"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of its libraries
+def test_a_registered_model_is_loaded_under_its_version(tmp_path: Path, model_url: str) -> None:
+    from pipeline.tracking import client, registry
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client.connect(uri).create_experiment("digits", artifact_location=str(tmp_path / "artifacts"))
+    registry.register(model_url, "digits", tracking_uri=uri, experiment="digits")
+    model, identity = import_serve()._load(ServingConfig(model="models:/digits@champion"), uri)
+    assert (identity.id, identity.version, identity.digest) == ("digits", "1", model.digest)
+    assert set(identity.aliases) == {"models:/digits@champion", "digits@champion", "digits/1"}

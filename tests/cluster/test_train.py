@@ -1,11 +1,10 @@
-"""Training through Ray Train: the same weights as without it, after a killed worker too; and what is refused beforehand."""
+"""Training through Ray Train: the same as without it, after a killed worker too; and what is refused beforehand."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline import assembly
@@ -47,6 +46,8 @@ def run_config(output: Path, data: str = "data", **over: Any) -> RunConfig:
         values[section] = {**values[section], **change} if isinstance(change, dict) else change
     return from_plain(values)
 
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own use of Ray Data
 
 NODE = {"CPU": 2.0, "memory": 1e9}
 
@@ -110,13 +111,14 @@ def test_training_without_ray_says_everything(tmp_path: Path, small_set: Manifes
     assert kinds[-1] is say.Finished
     evaluated = [event for event in events if isinstance(event, say.Evaluated)]
     assert evaluated[0].metrics["held_out/images"] == 10
-    assert 0 < evaluated[0].metrics["held_out/bits_per_dim"] < 20
+    assert 0 < evaluated[0].metrics["held_out/bits_per_dim"] < 40
     samples = [event for event in events if isinstance(event, say.Samples)]
     assert samples[0].pixels.shape == (4, 1, 8, 8)
 
 
 def digests(config: RunConfig, step: int) -> dict[str, str]:
-    record = json.loads(storage.read_bytes(f"{checkpoint.folder(assembly.checkpoints(config), step)}/commit.json"))
+    url = f"{checkpoint.folder(assembly.checkpoints(config), step)}/commit.json"
+    record: dict[str, Any] = json.loads(storage.read_bytes(url))
     return {name: file["sha256"] for name, file in record["files"].items() if name.endswith(".safetensors")}
 
 
@@ -140,7 +142,7 @@ def test_ray_trains_as_the_loop_does_and_goes_on(tmp_path: Path, small_set: Mani
     before = digests(config, 8)
     again: list[say.Event] = []
     fit(config, again.append)
-    assert [type(event) for event in again] == [say.Started, say.Finished]
+    assert again == [finished]
     assert digests(config, 8) == before
     other = run_config(tmp_path / "ray", small_set.url, stream={"batch_size": 32})
     with pytest.raises(ValueError, match=r"of another run: stream\.batch_size was 16, is 32"):
@@ -150,9 +152,6 @@ def test_ray_trains_as_the_loop_does_and_goes_on(tmp_path: Path, small_set: Mani
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster", "quick")
 def test_a_killed_worker_changes_no_weight(tmp_path: Path, small_set: Manifest) -> None:
-    import ray
-    from ray.util.state import list_actors
-
     whole, killed = run_config(tmp_path / "whole", small_set.url), run_config(tmp_path / "killed", small_set.url)
     fit(whole, lambda event: None)
     kills: list[int] = []
@@ -162,11 +161,13 @@ def test_a_killed_worker_changes_no_weight(tmp_path: Path, small_set: Manifest) 
         if isinstance(event, say.Started):
             starts.append(event.step)
         if isinstance(event, say.CheckpointSaved) and event.step == 3 and not kills:
-            alive = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-            kills.append(int(alive[-1]["pid"]))
-            os.kill(kills[0], signal.SIGKILL)
+            workers = [
+                p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+            ]
+            assert len(workers) == 2
+            kills.append(workers[-1].pid)
+            workers[-1].kill()
 
-    assert ray.is_initialized()
     fit(killed, kill)
     assert len(kills) == 1
     assert starts[0] == 0

@@ -218,7 +218,7 @@ def test_it_remembers_at_low_noise_and_averages_at_high() -> None:
     assert torch.allclose(far, points.mean(0).expand(2, 1, 4, 4), atol=1e-3)
 
 
-# --- behind a denoiser --------------------------------------------------------------------------------------------------
+# --- behind a denoiser ------------------------------------------------------------------------------------------------
 
 
 def test_the_oracle_denoiser_is_bound_by_the_same_errors() -> None:

@@ -50,7 +50,7 @@ def test_ddpm_weights(name: str) -> None:
 
 @pytest.mark.parametrize("eta", [0.2, 0.7, 1.0, 1.2])
 def test_ddim_weights(eta: float) -> None:
-    """(sqrt(abar_s) - c sqrt(abar_t))^2 (1 - abar_t) / (2 sigma^2 abar_t), c^2 = (1 - abar_s - sigma^2) / (1 - abar_t)."""
+    """(sqrt(abar_s) - c sqrt(abar_t))^2 (1 - abar_t) / (2 sigma^2 abar_t), c as below."""
     schedule = LinearBeta(1000)
     table = schedule.table[100:]  # eta beyond 1 asks too much of the first steps
     _, abar, before, tilde = (values[100:] for values in published(schedule))
@@ -69,7 +69,7 @@ def test_decoder_variances_are_iddpms() -> None:
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("variance", ["posterior", "beta", "learned"])
 def test_terms_are_the_kl_between_gaussians(variance: str, scaling: str) -> None:
-    """Each step's KL by torch.distributions, in coordinates z of the scaling, from the posterior written with alphas."""
+    """Each step's KL by torch.distributions, in coordinates z of the scaling, the posterior written with alphas."""
     schedule = LinearBeta(40)
     denoiser = gaussian_denoiser(0.2, schedule, scaling=scaling, learned_variance=True)
     index = torch.arange(len(X)) % 39 + 1

@@ -20,6 +20,7 @@ from pipeline.diffusion.samplers import SAMPLERS, prior
 from pipeline.diffusion.schedule import (
     SCALINGS,
     SCHEDULES,
+    LearnedGamma,
     LinearBeta,
     LinearGamma,
     explicit_grid,
@@ -78,9 +79,9 @@ def test_points_do_not_depend_on_prediction_or_scaling(name: str, options: dict[
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
 def test_complete_square(schedule_name: str) -> None:
     """schedule x level x input x prediction x scaling x sampler."""
-    schedule = SCHEDULES[schedule_name]()
+    schedule = LearnedGamma(hidden=8) if schedule_name == "learned" else SCHEDULES[schedule_name]()
     low, high = max(schedule.gamma_min, -14.0), schedule.gamma_max
-    gammas, y = uniform_gamma(8, low, high), start(high=high)
+    gammas, y = uniform_gamma(5, low, high), start(high=high)
     for name, options in VARIANTS:
         for scaling in SCALINGS:
             process = Process(scaling, schedule.gamma_min, schedule.gamma_max, prior_variance(scaling, high))
@@ -198,7 +199,7 @@ def test_churn_keeps_the_marginals_at_second_order(churn: float) -> None:
 
 
 def test_langevin_has_its_closed_form_bias() -> None:
-    """At one level Langevin steps of size e = step_size s^2 settle at variance v_s / (1 - e / (2 v_s)), v_s = v + s^2."""
+    """At one level Langevin steps of e = step_size s^2 settle at variance v_s / (1 - e / (2 v_s)), v_s = v + s^2."""
     g, step = -1.0, 0.2
     total = VARIANCE + math.exp(g)
 

@@ -7,7 +7,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.statistics import Moments, frechet, frechet_distance, frechet_estimate, moments, wilson
+from pipeline.evaluation.statistics import Moments, frechet, frechet_compared, frechet_distance, moments, wilson
 
 
 @given(n=st.integers(1, 500), data=st.data())
@@ -83,14 +83,26 @@ def test_the_interval_covers_the_mean_distance_of_such_sets() -> None:
     target = np.mean([frechet_distance(draw(200, 0.5), draw(150, 0.0)) for _ in range(400)])
     hits = 0
     for trial in range(80):
-        found = frechet_estimate(draw(200, 0.5), draw(150, 0.0), 100, trial)
-        hits += found.low <= target <= found.high
-        assert found.low <= found.value <= found.high
+        found = frechet_compared(draw(200, 0.5), draw(300, 0.1), draw(150, 0.0), 100, trial)
+        hits += found.distance.low <= target <= found.distance.high
+        for part in (found.distance, found.floor, found.ratio):
+            assert part.low <= part.value <= part.high
+        assert found.ratio.value == pytest.approx(found.distance.value / found.floor.value)
     assert hits >= 68  # 85%: far below would be a wrong interval
+
+
+def test_the_reference_s_chance_cancels_in_the_ratio() -> None:
+    """Two large sets of one law have a ratio of 1, however small the reference."""
+    rng = np.random.default_rng(4)
+    a, b, reference = (rng.standard_normal((n, 4)) for n in (4000, 4000, 60))
+    found = frechet_compared(a, b, reference, 100, 0)
+    assert found.ratio.low < 1 < found.ratio.high
+    spread = (found.distance.high - found.distance.low) / found.distance.value
+    assert found.ratio.high - found.ratio.low < spread / 3
 
 
 def test_the_estimate_is_the_same_for_the_same_seed() -> None:
     rng = np.random.default_rng(3)
-    a, b = rng.standard_normal((40, 3)), rng.standard_normal((50, 3))
-    assert frechet_estimate(a, b, 20, 7) == frechet_estimate(a, b, 20, 7)
-    assert frechet_estimate(a, b, 20, 7) != frechet_estimate(a, b, 20, 8)
+    a, b, c = (rng.standard_normal((n, 3)) for n in (40, 50, 60))
+    assert frechet_compared(a, b, c, 20, 7) == frechet_compared(a, b, c, 20, 7)
+    assert frechet_compared(a, b, c, 20, 7) != frechet_compared(a, b, c, 20, 8)

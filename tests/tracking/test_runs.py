@@ -124,7 +124,7 @@ def test_another_output_is_another_run(config: RunConfig, manifest: Manifest, tm
 def test_an_outage_costs_nothing(
     config: RunConfig, manifest: Manifest, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store fails in the middle, before and after it wrote; every point arrives once, and handling takes no time."""
+    """The store fails in the middle, before and after it wrote; every point arrives once, at no cost."""
     from mlflow.exceptions import MlflowException
 
     monkeypatch.setattr(runs, "RETRY_S", (0.05, 0.1))

@@ -1,0 +1,149 @@
+"""A request inside the engine, and the queue of what the live ones ask."""
+
+import heapq
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.procedure import Answer, Procedure, Query
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After an evaluation of the main network: `evaluations` so far and its x_hat, (rows of the query, ...), a copy."""
+
+    evaluations: int
+    x_hat: Tensor
+
+
+class Job:
+    """A request; touched by the worker thread only, but for `future`. due: its place in the order, see `Engine`."""
+
+    __slots__ = (
+        "answered",
+        "build",
+        "cost",
+        "deadline",
+        "due",
+        "evaluations",
+        "future",
+        "name",
+        "number",
+        "on_progress",
+        "over",
+        "parts",
+        "procedure",
+        "query",
+        "row_evaluations",
+        "rows",
+        "started_s",
+        "submitted_s",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        build: Callable[[], Procedure[Any]],
+        rows: int,
+        cost: int,
+        deadline: float | None,
+        on_progress: Callable[[Progress], None] | None,
+        name: str,
+    ) -> None:
+        self.number, self.build, self.rows, self.cost = number, build, rows, cost
+        self.deadline, self.on_progress, self.name = deadline, on_progress, name
+        self.future: Future[Any] = Future()
+        self.procedure: Procedure[Any] | None = None
+        self.query: Query | None = None
+        self.parts: list[Answer] = []  # answers to the first rows of the query
+        self.answered = 0  # rows of the query that have one
+        self.evaluations = self.row_evaluations = 0
+        self.submitted_s = time.monotonic()
+        self.started_s = self.submitted_s
+        self.due = self.submitted_s
+        self.over = False
+
+    def __lt__(self, other: "Job") -> bool:
+        return (self.due, self.number) < (other.due, other.number)
+
+
+KINDS_KEPT = 1000
+Kind = tuple[str, int, torch.Size, torch.dtype, bool]
+
+
+def _kind(query: Query) -> Kind:
+    """Queries of one kind can share a network call without changing each other's floats."""
+    probes = 0 if query.probes is None else len(query.probes)
+    return query.network, probes, query.y.shape[1:], query.y.dtype, query.conditioning.label is not None
+
+
+def _part(query: Query, start: int, count: int) -> Query:
+    if start == 0 and count == query.rows:
+        return query
+    rows = slice(start, start + count)
+    probes = None if query.probes is None else query.probes[:, rows]
+    return Query(query.y[rows], query.gamma[rows], query.conditioning[rows], query.network, probes)
+
+
+def joined(parts: Sequence[Answer]) -> Answer:
+    if len(parts) == 1:
+        return parts[0]
+    variances = [p.variance for p in parts if p.variance is not None]
+    products = [p.products for p in parts if p.products is not None]
+    return Answer(
+        torch.cat([p.x_hat for p in parts]),
+        torch.cat(variances) if variances else None,
+        torch.cat(products, dim=1) if products else None,
+    )
+
+
+def finite(answer: Answer) -> bool:
+    finite = bool(torch.isfinite(answer.x_hat).all())
+    return finite and (answer.products is None or bool(torch.isfinite(answer.products).all()))
+
+
+class OpenQueries:
+    """What the live requests ask. The kinds take turns; within a kind the request that is due first goes first."""
+
+    def __init__(self) -> None:
+        self._heaps: dict[Kind, list[Job]] = {}
+        self._served: dict[Kind, int] = {}  # the turn in which a kind was last answered
+        self._turns = 0
+
+    def add(self, job: Job) -> None:
+        """Rows of the job's query that have no answer yet wait from now on."""
+        if job.query is None:
+            raise AssertionError(f"request {job.number} asks nothing")
+        heapq.heappush(self._heaps.setdefault(_kind(job.query), []), job)
+
+    def take(self, rows: int) -> list[tuple[Job, Query]]:
+        """At most `rows` rows of one kind, with whose they are; a job whose query is longer gives a part of it."""
+        kinds = sorted(self._heaps, key=lambda kind: self._served.get(kind, -1))
+        for kind in kinds:
+            taken = self._taken(self._heaps[kind], rows)
+            if not self._heaps[kind]:
+                del self._heaps[kind]
+            if taken:
+                self._turns += 1
+                if len(self._served) > KINDS_KEPT:
+                    self._served.clear()
+                self._served[kind] = self._turns
+                return taken
+        return []
+
+    @staticmethod
+    def _taken(heap: list[Job], rows: int) -> list[tuple[Job, Query]]:
+        taken: list[tuple[Job, Query]] = []
+        while heap and rows:
+            job = heapq.heappop(heap)
+            if job.over or job.query is None:
+                continue
+            count = min(rows, job.query.rows - job.answered)
+            taken.append((job, _part(job.query, job.answered, count)))
+            rows -= count
+        return taken

@@ -94,7 +94,7 @@ def main() -> None:
     parser = cli.parser("evaluate", __doc__ or "", ["stream", "model", "evaluation", "cluster", "tracking"])
     parser.add_argument("--model", help="another model than the run's: models:/NAME@alias or a model directory")
     parser.add_argument("--json", action="store_true", help="print the metrics as one line of JSON as well")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     def job() -> int:
         import pipeline

@@ -294,7 +294,7 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"values laid on top of {RUN_FILE}")
     parser.add_argument("--keep", action="store_true", help="leave the endpoint running")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     def job() -> None:
         config = load_config(RUN_FILE, args.overrides)

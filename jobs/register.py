@@ -51,7 +51,7 @@ def main() -> None:
     parser = cli.parser("register", __doc__ or "", ["evaluation", "tracking"])
     parser.add_argument("--alias", default="champion", help="alias that will point to the version [champion]")
     parser.add_argument("--unmeasured", action="store_true", help="register without an evaluation")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     def job() -> None:
         config = load_config(args.run_file, args.overrides)

@@ -43,7 +43,7 @@ def _wait_for_the_end() -> None:
 def main() -> None:
     parser = cli.parser("serve", __doc__ or "", ["serving", "tracking", "cluster"])
     parser.add_argument("--stop", action="store_true", help="end the endpoint of the cluster")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     def job() -> None:
         config = load_config(args.run_file, args.overrides)

@@ -35,7 +35,7 @@ def run(config: RunConfig) -> Manifest:
 
 
 def main() -> None:
-    args = cli.parser("shard", __doc__ or "", ["shard", "cluster"]).parse_args()
+    args = cli.parser("shard", __doc__ or "", ["shard", "cluster"]).parse_intermixed_args()
 
     def job() -> None:
         config = load_config(args.run_file, args.overrides)

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print memory, steps and expected hours of this machine, and stop"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     def job() -> int:
         config = load_config(args.run_file, args.overrides)

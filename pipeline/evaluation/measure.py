@@ -232,7 +232,7 @@ def save(url: str, found: Evaluation, key: Mapping[str, Any]) -> None:
         "metrics": found.metrics(),
     }
     storage.write_bytes(storage.join(url, FILES[1]), safetensors.torch.save(tensors))
-    storage.write_bytes(storage.join(url, FILES[0]), json.dumps(values, indent=1, sort_keys=True).encode())
+    storage.write_bytes(storage.join(url, FILES[0]), json.dumps(values, indent=1).encode())
 
 
 def load(url: str, key: Mapping[str, Any]) -> Evaluation | None:

@@ -6,6 +6,7 @@ from jobs import cli
 from jobs.progress import bar
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config
+from pipeline.data import storage
 from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest
 
 
@@ -39,6 +40,8 @@ def main() -> None:
 
     def job() -> None:
         config = load_config(args.run_file, args.overrides)
+        if next(storage.list_files(config.shard.source), None) is None:  # before a Ray is started for it
+            raise ValueError(f"shard.source: no file in {config.shard.source}")
         with session(config.cluster.address):
             run(config)
 

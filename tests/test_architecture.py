@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pipeline/evaluation": (
         {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.model"},
-        {"torch", "numpy", "scipy", "sklearn", "matplotlib"},
+        {"torch", "numpy", "scipy", "sklearn", "matplotlib", "safetensors", "cv2"},
     ),
     "pipeline/serving": (
         {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.model"},

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled
+from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, taken
 from pipeline.backbones.dit import DiTConfig
 from pipeline.backbones.table import Architecture
 
@@ -91,12 +90,6 @@ def dit_from_diffusers(config: Mapping[str, Any], weights: Weights) -> tuple[Arc
     table, null = ours["labels.weight"][:-1], ours["labels.weight"][-1]
     ours["labels.weight"], ours["map2.bias"] = table - null, ours["map2.bias"] + null
     return architecture, checked(architecture, ours)
-
-
-def taken(weights: Weights, name: str) -> Tensor:
-    if name not in weights:
-        raise refused(f"tensor {name} is missing")
-    return weights.pop(name)
 
 
 def dit_to_diffusers(architecture: Architecture, weights: Weights) -> Diffusers:

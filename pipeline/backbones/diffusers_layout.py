@@ -42,10 +42,22 @@ def settled(config: Mapping[str, Any], defaults: Mapping[str, Any], fixed: Mappi
     if unknown:
         raise refused(f"unknown option {unknown[0]}")
     full = {**defaults, **given}
+    kinds = {str: str, tuple: list | tuple, int: int | float, float: int | float}
+    for key, default in defaults.items():
+        nothing = full[key] is None and key == "attention_head_dim"  # one head of all channels
+        if not nothing and not isinstance(full[key], kinds.get(type(default), object)):
+            raise refused(f"{key} is {full[key]!r}; a value like {default!r} is needed")
     for key, allowed in fixed.items():
         if full[key] != allowed:
             raise refused(f"{key} is {full[key]!r}; only {allowed!r} is supported")
     return full
+
+
+def taken(weights: Weights, name: str) -> Tensor:
+    """`weights[name]`, removed from them. Raises ValueError where it is missing."""
+    if name not in weights:
+        raise refused(f"tensor {name} is missing")
+    return weights.pop(name)
 
 
 def skeleton(architecture: Architecture) -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, skeleton
+from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, skeleton, taken
 from pipeline.backbones.table import Architecture
 from pipeline.backbones.unet import UNetConfig
 from pipeline.choose import choose
@@ -125,7 +125,7 @@ def unet_from_diffusers(config: Mapping[str, Any], weights: Weights) -> tuple[Ar
     for our_module, their_module, attention in unet_names(unet):
         for part in ("weight", "bias"):
             if attention and f"{their_module}.to_q.{part}" in theirs:
-                q, k, v = (theirs.pop(f"{their_module}.{name}.{part}") for name in ("to_q", "to_k", "to_v"))
+                q, k, v = (taken(theirs, f"{their_module}.{name}.{part}") for name in ("to_q", "to_k", "to_v"))
                 value = fused(q, k, v, unet.heads_of(len(q)))
                 ours[f"{our_module}.{part}"] = value if part == "bias" else value[:, :, None, None]
             elif not attention and f"{their_module}.{part}" in theirs:
@@ -150,8 +150,8 @@ def unet_architecture(theirs: Mapping[str, Any]) -> Architecture:
     size, widths = theirs["sample_size"], tuple(theirs["block_out_channels"])
     if not isinstance(size, int):
         raise refused(f"sample_size is {size!r}; one whole number is needed")
-    if any(width % widths[0] for width in widths):
-        raise refused(f"block_out_channels is {widths}; multiples of the first are needed")
+    if not widths or any(type(width) is not int or width < 1 or width % widths[0] for width in widths):
+        raise refused(f"block_out_channels is {widths}; whole multiples of the first are needed")
     if theirs["time_embedding_dim"] not in (None, 4 * widths[0]):
         raise refused(f"time_embedding_dim is {theirs['time_embedding_dim']}; {4 * widths[0]} is needed")
     if theirs["freq_shift"] not in (0, 1):

@@ -27,8 +27,8 @@ def build(config: BackboneConfig, channels: int, size: int, classes: int, out_ch
     """
     least = {"channels": (channels, 1), "size": (size, 1), "classes": (classes, 0), "out_channels": (out_channels, 1)}
     for name, (value, smallest) in least.items():
-        if value < smallest:
-            raise ValueError(f"{name} is {value}; at least {smallest} is needed")
+        if type(value) is not int or value < smallest:
+            raise ValueError(f"{name} is {value!r}; a whole number of at least {smallest} is needed")
     return NETWORKS[type(config)](config, channels, size, classes, out_channels)
 
 

@@ -108,21 +108,11 @@ def resized(x: Tensor, resample: Resize) -> Tensor:
 class Block(nn.Module):
     """norm, silu, [resize,] conv, noise level, norm, silu, dropout, conv, plus the input; then attention if asked."""
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        c_in: int,
-        c_out: int,
-        attention: bool,
-        resample: Resize = "none",
-    ) -> None:
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int, attention: bool, resample: Resize = "none") -> None:
         super().__init__()
         self.resample: Resize = resample
-        self.skip_scale, self.dropout, self.scaled = (
-            config.skip_scale,
-            config.dropout,
-            config.modulation == "scale_shift",
-        )
+        self.skip_scale, self.dropout = config.skip_scale, config.dropout
+        self.scaled = config.modulation == "scale_shift"
         self.norm1 = config.norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = nn.Linear(config.embedding_width, (2 if self.scaled else 1) * c_out)
@@ -194,10 +184,8 @@ class UNet(nn.Module):
         resolutions = checked_resolutions(config, size)
         base, width = config.base_width, config.base_width
         self.config = config
-        self.map1, self.map2 = (
-            nn.Linear(base, config.embedding_width),
-            nn.Linear(config.embedding_width, config.embedding_width),
-        )
+        self.map1 = nn.Linear(base, config.embedding_width)
+        self.map2 = nn.Linear(config.embedding_width, config.embedding_width)
         if config.embedding == "fourier":
             self.register_buffer("frequencies", torch.randn(base // 2) * config.fourier_scale)
         label_width = base if config.label_at == "input" else config.embedding_width

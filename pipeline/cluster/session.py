@@ -57,6 +57,7 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
             raise ConnectionError(f"no Ray cluster answers at {address}{hint}: {error}") from error
     else:
         ray.init(
+            address="local",  # never what an earlier `ray start` left behind
             num_cpus=None if cpus is None else max(1, int(cpus)),
             dashboard_host="127.0.0.1",
             log_to_driver=False,

@@ -1,4 +1,7 @@
-"""Variational bounds: prior, what each step loses, reconstruction. Every term, or a random subset with its standard error."""
+"""Variational bounds: prior, what each step loses, reconstruction.
+
+Of every term, or of a random subset with its standard error.
+"""
 
 import math
 from collections.abc import Callable
@@ -155,6 +158,7 @@ def vlb(
     levels: int = 64,
     decoder: str = "softmax",
     decoder_draws: int = 4,
+    control: bool = True,
     rows: int = 256,
 ) -> Procedure[Likelihood]:
     """The continuous bound: prior + 1/2 integral of E|eps - eps_hat|^2 d gamma + reconstruction.
@@ -163,6 +167,7 @@ def vlb(
 
     levels: network evaluations an image, one at a random place of each of as many equal parts of the range of gamma.
     decoder: 'softmax' (its expectation exactly) or 'gaussian' (`decoder_draws` more evaluations).
+    control: take |eps|^2 - D, known in the mean, off the terms in proportion: the same expectation, half the error.
     rows: how many rows a query may have; where there are fewer images, several levels are asked at once.
 
     Raises:
@@ -177,7 +182,9 @@ def vlb(
     gammas = low + width * (torch.arange(levels, device=x.device) + place)
     errors, squares = yield from _measure_levels(setting, gammas, gammas, _eps_error)
     weights = torch.full_like(errors, width / 2)
-    terms = controlled(errors * weights, weights, squares, setting.dimensions)
+    terms = errors * weights
+    if control:
+        terms = controlled(terms, weights, squares, setting.dimensions)
     log_beta = upper_log_variance(process, low)
     reconstruction, variance, evaluations = yield from _reconstruction(
         setting, low, decoder, decoder_draws, "beta", (log_beta, log_beta)
@@ -274,6 +281,7 @@ def _discrete(
     importance: str | Tensor,
     decoder: str,
     decoder_draws: int,
+    control: bool,
     variance: str,
 ) -> Procedure[Likelihood]:
     """gammas ascending; the last move, from gammas[0] to the image, is the decoder's."""
@@ -281,8 +289,9 @@ def _discrete(
     gaps = gammas.diff()
     chosen, factor = _pick_terms(setting, gaps, terms, importance)
     values, squares = yield from _measure_levels(setting, gammas[chosen + 1], gammas[chosen], measure)
-    weights = factor * 0.5 * torch.expm1(gaps[chosen])
-    values = controlled(values * factor, weights, squares, setting.dimensions)
+    values = values * factor
+    if control:
+        values = controlled(values, factor * 0.5 * torch.expm1(gaps[chosen]), squares, setting.dimensions)
     first, last = float(gammas[0]), float(gammas[-1])
     log_beta = upper_log_variance(setting.process, first)
     # beta-tilde of the last move is 0: the one before it stands in (Nichol & Dhariwal 2021)
@@ -309,6 +318,7 @@ def vlb_discrete(
     importance: str | Tensor = "gamma",
     decoder: str = "softmax",
     decoder_draws: int = 4,
+    control: bool = True,
     rows: int = 256,
 ) -> Procedure[Likelihood]:
     """The T-step bound: prior, a consistency term for each step, reconstruction (Ho et al. 2020, eq. 5).
@@ -321,6 +331,7 @@ def vlb_discrete(
     terms: evaluations an image, each at a step drawn by `importance` ('uniform', 'gamma': by the step's width, or
         positive weights, one a step, from noise-free to noise); None for every step.
     decoder: 'softmax' or 'gaussian' (DDPM's, of the model's variance, with `decoder_draws` more evaluations).
+    control, rows: as in `vlb`.
 
     Raises:
         ValueError: pixels off the grid, gammas not descending or outside the network's range, too few of a count, no
@@ -329,7 +340,9 @@ def vlb_discrete(
     setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
     levels = _check_gammas(gammas, process, steps)
     measure = _ancestral_measure(process, variance)
-    return (yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, variance))
+    return (
+        yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, control, variance)
+    )
 
 
 def ddim_bound(
@@ -346,6 +359,7 @@ def ddim_bound(
     importance: str | Tensor = "gamma",
     decoder: str = "softmax",
     decoder_draws: int = 4,
+    control: bool = True,
     rows: int = 256,
 ) -> Procedure[Likelihood]:
     """The bound of DDIM's process of variance eta^2 beta-tilde at each step; at eta = 1 that of `vlb_discrete`.
@@ -365,8 +379,9 @@ def ddim_bound(
         step = int(excess.nonzero()[0, 0]) + 1
         raise ValueError(
             f"likelihood ddim_bound: eta {eta:g} asks at step {step} (gamma {float(levels[step]):.4f} to "
-            f"{float(levels[step - 1]):.4f}) for more variance than the level it goes to has: use a smaller eta or more "
-            f"steps"
+            f"{float(levels[step - 1]):.4f}) for more variance than the level it goes to has: use a smaller eta"
         )
     measure = _ddim_measure(eta)
-    return (yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, "posterior"))
+    return (
+        yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, control, "posterior")
+    )

@@ -63,17 +63,17 @@ class PixelGrid:
             image = int(bad.flatten(1).any(1).nonzero()[0, 0])
             last = self.first + self.bin * (self.levels - 1)
             raise ValueError(
-                f"image {image} of the batch has the value {float(x[bad][0]):.6g}, which is not one of the {self.levels} "
-                f"grey levels {self.first:.6g}, {self.first + self.bin:.6g}, ..., {last:.6g} of model space: a likelihood "
-                f"is that of an 8-bit image; convert it with pipeline.data.images and add no noise to it"
+                f"image {image} of the batch has the value {float(x[bad][0]):.6g}, which is not one of the "
+                f"{self.levels} grey levels {self.first:.6g}, {self.first + self.bin:.6g}, ..., {last:.6g} of model "
+                f"space: a likelihood is that of an 8-bit image; convert it with pipeline.data.images, add no noise"
             )
         return index.long()
 
 
 def softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> tuple[Tensor, Tensor]:
-    """Elementwise log p(u | y) and the mean of the levels under it: a softmax over all levels v of -((y - v) / s)^2 / 2.
+    """Elementwise log p(u | y) and the mean of the levels under it.
 
-    (Kingma et al. 2021, section 3.2.)
+    p is a softmax over all levels v of -((y - v) / s)^2 / 2 (Kingma et al. 2021, section 3.2).
     """
     nearest = ((y - pixels.first) / pixels.bin).round().clamp(0, pixels.levels - 1)
     reach = min(pixels.levels - 1, math.ceil(9 * s / pixels.bin) + 1)  # levels further off weigh less than e^-40

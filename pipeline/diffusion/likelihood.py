@@ -35,8 +35,8 @@ def _trace(x: Tensor, noise: Noise, samples: int, probes: int, kind: str) -> flo
     dimensions = x[0].numel()
     if kind == "exact" and dimensions > EXACT_TRACE_LIMIT:
         raise ValueError(
-            f"likelihood ode: the exact trace takes one vector-Jacobian product a dimension; the images have {dimensions}, "
-            f"the limit is {EXACT_TRACE_LIMIT}: use trace 'refreshed'"
+            f"likelihood ode: the exact trace takes one vector-Jacobian product a dimension; the images have "
+            f"{dimensions}, the limit is {EXACT_TRACE_LIMIT}: use trace 'refreshed'"
         )
     return flow.Trace(kind, probes, [generator for generator in noise.generators for _ in range(samples)])
 
@@ -68,9 +68,9 @@ DEQUANTISATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 def _spread(gradient: Tensor, n: int, linear: float, quadratic: float) -> Tensor:
     """(n,) variance of the mean over an image's draws of log p, from its gradients there (n samples, ...).
 
-    Of a log p that is a line or a parabola in the draw it is linear |E g|^2 + quadratic (E|g|^2 - |E g|^2); of a rougher
-    one it is at most that for a Gaussian (its Hermite expansion). |E g|^2 is estimated by the products of different
-    draws; with one draw it is taken to be E|g|^2.
+    Of a log p that is a line or a parabola in the draw it is linear |E g|^2 + quadratic (E|g|^2 - |E g|^2); of a
+    rougher one it is at most that for a Gaussian (its Hermite expansion). |E g|^2 is estimated by the products of
+    different draws; with one draw it is taken to be E|g|^2.
     """
     gradients = gradient.view(n, -1, gradient[0].numel())
     samples = gradients.shape[1]
@@ -111,9 +111,9 @@ def ode(
     samples: int = 1,
     importance: bool = False,
     decoder: str = "softmax",
-    tolerance: float = 3e-3,
+    tolerance: float = 1e-3,
     solver: str = "bosh3",
-    data_std: float = 0.5,
+    data_std: float = 0.25,
     max_evaluations: int = 10_000,
 ) -> Procedure[Likelihood]:
     """The likelihood of the probability-flow ODE by the change of variables (Song et al. 2021, section 4.3).
@@ -128,7 +128,7 @@ def ode(
 
     samples: draws of y_0, each a solve. importance: log of the mean weight instead of the mean log, a tighter bound
     (Burda et al. 2016). probes: vector-Jacobian products an evaluation. trace: 'refreshed', 'fixed' or 'exact', see
-    `pipeline.diffusion.ode.Trace`; 'refreshed' has a several times smaller standard error than 'fixed' for the same work.
+    `pipeline.diffusion.ode.Trace`; 'refreshed' has a several times smaller standard error than 'fixed' for equal work.
     tolerance, solver ('bosh3', 'dopri5'), data_std, max_evaluations: see `pipeline.diffusion.ode.solve`.
 
     Raises:

@@ -112,16 +112,16 @@ def ddim_moves(grid: Sequence[float], eta: float | Sequence[float] = 0.0) -> lis
     Raises:
         ValueError: eta negative, or so large that sigma exceeds s_s (sigma_t^2 > 1 - abar_s in z), naming the step.
     """
+    if eta == 0:
+        return [Move(-math.expm1((g_s - g_t) / 2), 0.0) for g_t, g_s in pairwise(grid)]  # up as well as down
     count = len(grid) - 1
     etas = [float(eta)] * count if isinstance(eta, int | float) else [float(value) for value in eta]
     if len(etas) != count:
         raise ValueError(f"eta: need one value, or one for each of the {count} moves, got {len(etas)}")
     moves: list[Move] = []
     for step, ((g_t, g_s), variance) in enumerate(zip(pairwise(grid), posterior_variances(grid), strict=True)):
-        check_nonnegative(**{f"eta at step {step}": etas[step]})
-        if etas[step] == 0:
-            moves.append(Move(-math.expm1((g_s - g_t) / 2), 0.0))  # any direction: `encode` walks up
-            continue
+        if not 0 <= etas[step] < math.inf:
+            raise ValueError(f"eta at step {step} must be at least 0 and finite, got {etas[step]:g}")
         kept = math.exp(g_s) - etas[step] ** 2 * variance
         if kept < 0:
             raise ValueError(

@@ -174,9 +174,9 @@ class FiniteWatch:
 
     def note(self, query: Query, answer: Answer) -> None:
         """Keeps one sum an image, (n,): not finite where anything in it is not."""
-        total = answer.x_hat.sum(dim=tuple(range(1, answer.x_hat.ndim)))
+        total = answer.x_hat.flatten(1).sum(1)
         if answer.products is not None:
-            total = total + answer.products.sum(dim=(0, *range(2, answer.products.ndim)))
+            total = total + answer.products.flatten(2).sum(2).sum(0)
         self._seen.append((total, query.gamma))
 
     def check(self) -> None:

@@ -16,6 +16,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -164,16 +165,20 @@ class Sampler:
     evaluations: Callable[..., int]
     grid: str = "uniform_t"
 
+    @cached_property
+    def _keywords(self) -> Mapping[str, Any]:
+        parameters = inspect.signature(self.procedure).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
     @property
     def needs_process(self) -> bool:
         """It takes the model's facts as option `process`; `start` gives them."""
-        return "process" in inspect.signature(self.procedure).parameters
+        return "process" in self._keywords
 
     @property
     def options(self) -> Mapping[str, Any]:
         """Name and default of each option but `process`."""
-        parameters = inspect.signature(self.procedure).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "process"}
+        return {name: default for name, default in self._keywords.items() if name != "process"}
 
     def start(
         self, process: Process, y: Tensor, gammas: Tensor, noise: Noise, conditioning: Conditioning, **options: Any

@@ -192,8 +192,9 @@ def rows(found: Evaluation, config: EvaluationConfig) -> list[Row]:
         Row(
             "Near-copies of training images",
             _percent(copies.share),
-            f"held-out images: {copies.held_out_share.value:.1%}; nearer than {copies.threshold:.1f} grey levels, rms",
-            copies.share.value <= copies.held_out_share.value,
+            f"held-out images: {copies.held_out_share.value:.1%}, more by chance with p = {copies.p_value:.2g}; "
+            f"nearer than {copies.threshold:.1f} grey levels, rms",
+            not copies.copies,
         )
     )
     return table
@@ -228,6 +229,7 @@ def save(url: str, found: Evaluation, key: Mapping[str, Any]) -> None:
             "threshold": copies.threshold,
             "share": asdict(copies.share),
             "held_out_share": asdict(copies.held_out_share),
+            "p_value": copies.p_value,
         },
         "metrics": found.metrics(),
     }
@@ -265,6 +267,7 @@ def load(url: str, key: Mapping[str, Any]) -> Evaluation | None:
             copies["threshold"],
             Estimate(**copies["share"]),
             Estimate(**copies["held_out_share"]),
+            copies["p_value"],
             np.asarray(tensors["distances"].numpy(), dtype=np.float64),
             np.asarray(tensors["held_out_distances"].numpy(), dtype=np.float64),
             np.asarray(tensors["index"].numpy(), dtype=np.int64),

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import hypergeom
 from torch import Tensor
 
 from pipeline.evaluation.statistics import Estimate, wilson
 
 ROWS_AT_ONCE = 1024
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,22 @@ class Memorisation:
     """threshold: distance (grey levels, rms) below which an image counts as a near-copy of a training image.
 
     share: of the samples; held_out_share: of real images that were not trained on, by which the threshold was set.
+    p_value: of the difference by chance, were samples no nearer than held-out images (Fisher's exact test, one-sided).
     distances to the nearest training image, (n,) each; index: which training image, of each sample.
     """
 
     threshold: float
     share: Estimate
     held_out_share: Estimate
+    p_value: float
     distances: NDArray[np.float64]
     held_out_distances: NDArray[np.float64]
     index: NDArray[np.int64]
+
+    @property
+    def copies(self) -> bool:
+        """Whether more samples are near-copies than chance gives images that were not trained on, at the 5% level."""
+        return self.p_value < SIGNIFICANT
 
     @property
     def median_ratio(self) -> float:
@@ -79,6 +88,7 @@ def memorisation(samples: Tensor, train: Tensor, held_out: Tensor, near_copy_sha
         threshold,
         wilson(close, len(samples)),
         wilson(known, len(held_out)),
+        float(hypergeom.sf(close - 1, len(samples) + len(held_out), close + known, len(samples))),
         ours.distance,
         theirs.distance,
         ours.index,

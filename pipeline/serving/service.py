@@ -52,6 +52,7 @@ B = TypeVar("B", GenerationRequest, LikelihoodOptions)
 SELF_TEST_SEED = 20_240_229
 DEFAULT_PREVIEWS = 16
 HISTOGRAM_BINS = 40
+HELD_OUT = "held_out_bits_per_dim"  # the card's entry: {estimator: [bits/dim of each held-out image]}
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Service:
             "limits": {"images": self.config.max_images, "steps": self.config.max_steps},
             "held_out": {name: _histogram(scores) for name, scores in self.held_out.items()},
             "self_test": asdict(self.self_test),
-            "card": self.model.card,
+            "card": {name: value for name, value in self.model.card.items() if name != HELD_OUT},
         }
 
     # --- generation -----------------------------------------------------------------------------------------------
@@ -333,12 +334,12 @@ def _number(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-# --- the held-out images' scores; the card has them as {"held_out_bits_per_dim": {estimator: [bits/dim an image]}} ---
+# --- the held-out images' scores -------------------------------------------------------------------------------------
 
 
 def held_out_scores(card: Mapping[str, Any]) -> dict[str, list[float]]:
     """Sorted bits/dim of the held-out images by estimator; empty where the card has none."""
-    table = card.get("held_out_bits_per_dim") or {}
+    table = card.get(HELD_OUT) or {}
     return {str(name): sorted(float(value) for value in values) for name, values in table.items() if values}
 
 

@@ -240,6 +240,12 @@ def test_networks_that_diffusers_has_not_are_refused_by_name() -> None:
         ("block_out_channels", (32, 48, 64)),
         ("up_block_types", ("UpBlock2D", "UpBlock2D", "UpBlock2D")),
         ("a_new_option", 1),
+        ("block_out_channels", None),
+        ("block_out_channels", ("32", "64", "64")),
+        ("down_block_types", "DownBlock2D"),
+        ("norm_num_groups", None),
+        ("in_channels", None),
+        ("out_channels", "3"),
     ],
 )
 def test_what_we_have_not_is_refused_by_name(option: str, value: Any) -> None:
@@ -254,6 +260,8 @@ def test_wrong_tensors_are_refused_by_name() -> None:
     config, weights = dict(theirs.config) | {"_class_name": "UNet2DModel"}, theirs.state_dict()
     with pytest.raises(ValueError, match="conv_in"):
         from_diffusers(config, {key: value for key, value in weights.items() if key != "conv_in.weight"})
+    with pytest.raises(ValueError, match="to_k"):
+        from_diffusers(config, {key: value for key, value in weights.items() if "to_k" not in key})
     with pytest.raises(ValueError, match="extra"):
         from_diffusers(config, weights | {"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match="conv_in"):

@@ -1,32 +1,10 @@
 """What a user can mend is one line that names what and where, exit code 2, no traceback, and nothing left over."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-RUN_FILE = "jobs/configs/digits.yaml"
-
-
-def job(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"jobs.{verb}", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def in_folder(folder: Path) -> list[str]:
-    """Overrides that keep a run inside `folder`."""
-    return [
-        f"output={folder}/run",
-        f"shard.source={folder}/images",
-        f"shard.url={folder}/shards",
-        f"stream.url={folder}/shards",
-        f"tracking.uri=sqlite:///{folder}/mlflow.db",
-    ]
-
+from tests.end_to_end.small_run import RUN_FILE, in_folder, job
 
 CASES = {
     "misspelt key": (["train", RUN_FILE, "training.learning_rat=1"], "unknown key 'learning_rat' in section 'training'"),

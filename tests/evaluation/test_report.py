@@ -24,7 +24,7 @@ TRAIN, HELD_OUT = stripes(240, 1), stripes(60, 2)
 def found() -> Evaluation:
     bits = tuple(np.random.default_rng(0).uniform(3, 6, 60).tolist())
     scores = {name: Scores(name, bits, (0.01,) * 60, {"prior": 4.5}, 32) for name in ("vlb", "ode")}
-    real = stripes(60, 5)
+    real = stripes(60, 7)
     return judge(real.images, real.labels, scores, 3, TRAIN, HELD_OUT, CONFIG)
 
 

@@ -152,7 +152,7 @@ def test_the_network_is_called_on_whole_chunks_shared_by_all_requests(
 def test_a_small_request_passes_a_large_one_which_is_not_starved(engine: Engine) -> None:
     engine.submit(steady(CHUNK, 20), rows=CHUNK).result(10)  # the engine learns how long a call takes
     gate = Gate(engine)
-    large = engine.submit(steady(40, 20), rows=40, cost=800)
+    large = engine.submit(steady(24, 10), rows=24, cost=240)
     small = engine.submit(steady(1, 3), cost=3)
     gate.open.set()
     small.result(10)
@@ -161,8 +161,8 @@ def test_a_small_request_passes_a_large_one_which_is_not_starved(engine: Engine)
     while not large.done():  # small ones without a pause
         wait_for([engine.submit(steady(2, 4), rows=2, cost=8) for _ in range(4)], 10)
     outcome = large.result(0)
-    assert (outcome.value, outcome.evaluations, outcome.row_evaluations) == (20, 20, 800)
-    assert engine.load().rows - before < 8 * 800
+    assert (outcome.value, outcome.evaluations, outcome.row_evaluations) == (10, 10, 240)
+    assert engine.load().rows - before < 8 * 240
 
 
 def test_equal_requests_are_served_in_order(engine: Engine) -> None:

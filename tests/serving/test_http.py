@@ -18,7 +18,6 @@ from pipeline.data.images import decode, encode_png
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.service import Service
 
-pytest_plugins = ["tests.serving.conftest"]
 GENERATE, SCORE = "/v1/images/generations", "/v1/likelihood"
 
 
@@ -113,6 +112,7 @@ def test_models_are_listed_and_shown(ask: Callable[..., httpx.Response], tiny: M
         shown = ask("GET", f"/v1/models/{name}").json()
         assert shown["digest"] == tiny.digest
         assert shown["held_out"]["vlb"]["count"] == 300
+        assert "held_out_bits_per_dim" not in shown["card"]
         assert shown["samplers"]["heun"]["options"]["churn"] == 0.0
     assert ask("GET", "/v1/models/other").status_code == 404
     assert ask("GET", "/healthz").json() == {"status": "ok"}

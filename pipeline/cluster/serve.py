@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
@@ -31,7 +32,7 @@ ATTEMPTS = 3  # replicas a request may outlive, less one
 ONGOING_FACTOR = (
     16  # requests that may be with a replica, in units of those it should have; its engine has the real budget
 )
-READY_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 60.0
 
 
 # --- a replica -------------------------------------------------------------------------------------------------------
@@ -224,6 +225,8 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
     Raises:
         ValueError: no such model, a failed self-test, or a port that is taken.
     """
+    if not ray.is_initialized():
+        raise ValueError("deploy needs a Ray session: call it within pipeline.cluster.session.session()")
     _check_model(config, tracking_uri)
     running = APPLICATION in serve.status().applications if _serve_runs() else False
     port = config.port if config.port else _free_port(config.host)
@@ -232,7 +235,7 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what is going on, the caller says
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     location = "HeadOnly" if not config.key_hashes else "EveryNode"
-    serve.start(location, http_options={"host": config.host, "port": port}, logging_config=quiet)
+    _start(location, {"host": config.host, "port": port}, quiet)
     try:
         serve.run(application(config, tracking_uri), name=APPLICATION, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
@@ -241,6 +244,19 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
     url = f"http://{shown}:{port}"
     _wait_until_ready(url)
     return url
+
+
+def _start(location: str, http_options: dict[str, Any], logging_config: dict[str, Any]) -> None:
+    """Start Ray Serve. On a busy machine its controller replaces a proxy that is slow to start, which `serve.start` takes
+    for a failure; asked again it finds the controller that is there, and the new proxy is waited for at the end."""
+    for attempt in range(ATTEMPTS):
+        try:
+            serve.start(location, http_options=http_options, logging_config=logging_config)
+            return
+        except RayActorError as error:
+            if attempt + 1 == ATTEMPTS:
+                raise ValueError(f"the HTTP proxy of Ray Serve does not start: {error}") from error
+            log.warning("Ray Serve replaced a proxy that was slow to start")
 
 
 def status(timeout_s: float = 30.0) -> list[dict[str, Any]]:

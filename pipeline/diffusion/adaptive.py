@@ -18,7 +18,7 @@ from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.decoders import row_sum
 from pipeline.diffusion.denoiser import shaped
 from pipeline.diffusion.guidance import Clip, clipped
-from pipeline.diffusion.moves import levels, rows
+from pipeline.diffusion.moves import integers, levels, rows
 from pipeline.diffusion.ode import PAIRS, Pair
 from pipeline.diffusion.procedure import Answer, Procedure, Query
 from pipeline.diffusion.randomness import Noise
@@ -125,7 +125,8 @@ def _attempt(
         tau = state.tau + node * state.step
         slope, x_hat = yield from _slope(w, tau, (2 * tau).clamp(min(ends), max(ends)), state.conditioning)
         slopes.append(slope)
-    error = _weighted(pair.error, slopes).double() * shaped(state.step * _norm(tau), state.step.new_empty(w.shape))
+    error = _weighted(pair.error, slopes).double()
+    error *= shaped(state.step * _norm(tau), error)
     rms = torch.sqrt(row_sum(error.square()) / w[0].numel()) / torch.sqrt(torch.exp(2 * tau) + 1)
     return w, slopes[-1], x_hat, rms
 
@@ -152,44 +153,38 @@ def _solve(
     while len(state.row):
         w, slope, x_hat, rms = yield from _attempt(state, pair, ends)
         evaluations += len(pair.nodes)
-        badness = rms / tolerance
-        last = state.tau + state.step == target
-        status = torch.where(badness <= 1, torch.where(last, ARRIVED, ACCEPTED), REJECTED)
-        status = torch.where(torch.isfinite(badness), status, BROKEN)
-        _check(status, state, evaluations, max_evaluations, tolerance)
+        badness, tau = rms / tolerance, state.tau + state.step
+        accepted = badness <= 1
+        status = torch.where(accepted, torch.where(tau == target, ARRIVED, ACCEPTED), REJECTED)
+        codes = integers(torch.where(torch.isfinite(badness), status, BROKEN))
+        _check(codes, state, evaluations, max_evaluations, tolerance)
         # by exp and log: the bits of torch.pow depend on the place in the tensor
         factor = (0.9 * torch.exp(torch.log(badness.clamp(min=1e-10)) / -pair.order)).clamp(0.2, 5)
-        accepted = status >= ACCEPTED
-        ahead = torch.where(accepted, state.tau + state.step, state.tau)
-        left, step = target - ahead, state.step * factor
+        tau = torch.where(accepted, tau, state.tau)
+        left, step = target - tau, state.step * factor
         step = torch.where(step.abs() < left.abs(), step, left)
-        choice = shaped(accepted, w).bool()
-        done, rest = (status == ARRIVED).nonzero()[:, 0], (status != ARRIVED).nonzero()[:, 0]
-        result[state.row[done]] = x_hat[done] if finish else w[done] * shaped(_norm(ahead[done]), w[done])
-        state = replace(
-            state,
-            tau=ahead,
-            step=step,
-            w=torch.where(choice, w, state.w),
-            slope=torch.where(choice, slope, state.slope),
-        )
-        if len(done):
-            state = state.at(rest)
+        choice = accepted.view(-1, *[1] * (w.ndim - 1))
+        done = [index for index, code in enumerate(codes) if code == ARRIVED]
+        result[state.row[done]] = x_hat[done] if finish else w[done] * shaped(_norm(tau[done]), w[done])
+        w, slope = torch.where(choice, w, state.w), torch.where(choice, slope, state.slope)
+        state = replace(state, tau=tau, step=step, w=w, slope=slope)
+        if done:
+            rest = [index for index, code in enumerate(codes) if code != ARRIVED]
+            state = state.at(torch.tensor(rest, dtype=torch.int64, device=y.device))
     return result
 
 
-def _check(status: Tensor, state: _State, evaluations: int, max_evaluations: int, tolerance: float) -> None:
+def _check(codes: list[int], state: _State, evaluations: int, max_evaluations: int, tolerance: float) -> None:
     """Raises ValueError where an answer was not finite, or a row has used up its evaluations."""
-    broken = (status == BROKEN).nonzero()
-    if len(broken):
-        index = int(broken[0, 0])
+    if BROKEN in codes:
+        index = codes.index(BROKEN)
         raise ValueError(
             f"the network's answer is not finite for image {int(state.row[index])}, after {evaluations} evaluations, "
             f"between gamma {2 * float(state.tau[index]):.4f} and {2 * float(state.tau[index] + state.step[index]):.4f}"
         )
-    if evaluations >= max_evaluations and bool((status != ARRIVED).any()):
-        index = int((status != ARRIVED).nonzero()[0, 0])
+    left = [index for index, code in enumerate(codes) if code != ARRIVED]
+    if left and evaluations >= max_evaluations:
         raise ValueError(
-            f"image {int(state.row[index])} is at gamma {2 * float(state.tau[index]):.4f} after {evaluations} "
+            f"image {int(state.row[left[0]])} is at gamma {2 * float(state.tau[left[0]]):.4f} after {evaluations} "
             f"evaluations: raise max_evaluations, or take a tolerance above {tolerance:g}"
         )

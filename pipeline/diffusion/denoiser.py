@@ -180,7 +180,7 @@ class Denoiser(nn.Module):
         if level is None:
             told = self.level(self.schedule, gamma.double()).to(self.dtype)
         else:
-            told = torch.full((len(y),), level, dtype=self.dtype, device=y.device)
+            told = torch.full((y.shape[0],), level, dtype=self.dtype, device=y.device)
         scaled = y if c_in == 1 else y * c_in
         output, variance = self._split(self.network(scaled.to(self.dtype), told, conditioning))
         kept = y if c_skip == 1 else y * c_skip

@@ -34,6 +34,11 @@ def floats(values: Tensor) -> list[float]:
     return cast("list[float]", values.double().tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
+def integers(values: Tensor) -> list[int]:
+    """A row of integers as Python's; one copy to the host."""
+    return cast("list[int]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
 def levels(gammas: Tensor, y: Tensor, *, ascending: bool = False) -> list[float]:
     """The grid as Python floats, checked.
 

@@ -37,7 +37,7 @@ def free_ports(count: int) -> list[int]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a client of a head node that lives as long as this module's tests."""
     home = tmp_path_factory.mktemp("home")
-    gcs, dashboard = free_ports(2)
+    gcs, dashboard, agent = free_ports(3)
     environment = {
         **os.environ,
         "HOME": str(home),
@@ -49,7 +49,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     environment.pop("RAY_TMPDIR", None)
     command = [
         *(RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"),
-        *("--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--disable-usage-stats"),
+        # the agent takes jobs; its default port is one for the whole machine
+        *("--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"),
     ]
     starting = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"}
     log = (home / "head.log").open("wb")

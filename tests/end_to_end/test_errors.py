@@ -7,7 +7,10 @@ import pytest
 from tests.end_to_end.small_run import RUN_FILE, in_folder, job
 
 CASES = {
-    "misspelt key": (["train", RUN_FILE, "training.learning_rat=1"], "unknown key 'learning_rat' in section 'training'"),
+    "misspelt key": (
+        ["train", RUN_FILE, "training.learning_rat=1"],
+        "unknown key 'learning_rat' in section 'training'",
+    ),
     "missing file": (["train", "nothing.yaml"], "no run file at nothing.yaml"),
     "wrong type": (["shard", RUN_FILE, "shard.image_size=big"], "shard.image_size"),
     "no shard set": (["train", RUN_FILE, "--local"], "no finished shard set at"),
@@ -39,9 +42,7 @@ def test_unreachable_tracking_server(tmp_path: Path) -> None:
             f"{tmp_path}/images", f"{tmp_path}/shards", image_size=8, channels=1, resize="exact", samples_per_shard=4
         )
     )
-    done = job(
-        "train", RUN_FILE, *in_folder(tmp_path), "model.classes=2", "tracking.uri=http://127.0.0.1:9", "--local"
-    )
+    done = job("train", RUN_FILE, *in_folder(tmp_path), "model.classes=2", "tracking.uri=http://127.0.0.1:9", "--local")
     assert done.returncode == 2, done.stderr
     assert "no MLflow server answers at http://127.0.0.1:9" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

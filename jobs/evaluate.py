@@ -9,8 +9,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
-
 from jobs import cli
 from jobs.progress import phases
 from pipeline.cluster.session import prepare_environment, session
@@ -30,12 +28,12 @@ def model_url(config: RunConfig) -> str:
 
 
 def show(table: list[Row]) -> None:
-    """The result table on the terminal."""
-    marks = {None: "", True: "[green]✓[/]", False: "[red]✗[/]"}
-    shown = Table(box=None, pad_edge=False, padding=(0, 2), show_header=False)
+    """The result table on the terminal: what and how much on a line, the rest below it."""
+    marks = {None: " ", True: "[green]✓[/]", False: "[red]✗[/]"}
     for row in table:
-        shown.add_row(marks[row.ok], row.name, f"[bold]{row.value}[/]", f"[dim]{row.detail}[/]")
-    cli.console.print(shown)
+        cli.console.print(f"{marks[row.ok]} {row.name:<48}[bold]{row.value}[/]", soft_wrap=True)
+        if row.detail:
+            cli.console.print(f"    [dim]{row.detail}[/]", soft_wrap=True)
 
 
 def _place(config: RunConfig) -> str:

@@ -175,13 +175,10 @@ class Model:
         how = how or Sampling()
         conditioning = self.conditioning(labels, len(seeds))
         noise = Noise(seeds, self.device)
-        process = self.denoiser.process
-        start = prior(process, (len(seeds), *self.config.shape), noise)
+        process, levels = self.denoiser.process, self.levels(how)
+        y = prior(process, (len(seeds), *self.config.shape), noise, gamma=float(levels[0]))
         sampler = choose(SAMPLERS, how.sampler, "sampler")
-        options = dict(how.options)
-        if sampler.needs_process:
-            options["process"] = process
-        procedure = sampler.procedure(start, self.levels(how), noise, conditioning, **options)
+        procedure = sampler.start(process, y, levels, noise, conditioning, **how.options)
         if how.guidance == 1.0:
             return procedure
         return (classifier_free if self.guide is None else autoguidance)(procedure, how.guidance)

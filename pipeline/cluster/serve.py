@@ -247,8 +247,8 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
 
 
 def _start(location: str, http_options: dict[str, Any], logging_config: dict[str, Any]) -> None:
-    """Start Ray Serve. On a busy machine its controller replaces a proxy that is slow to start, which `serve.start` takes
-    for a failure; asked again it finds the controller that is there, and the new proxy is waited for at the end."""
+    """Start Ray Serve. On a busy machine its controller replaces a proxy that is slow to start, and `serve.start` takes
+    that for a failure; asked again it finds the controller that is there. The new proxy is waited for at the end."""
     for attempt in range(ATTEMPTS):
         try:
             serve.start(location, http_options=http_options, logging_config=logging_config)

@@ -81,7 +81,7 @@ def softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> tupl
     value = pixels.first + pixels.bin * level
     logits = -0.5 * ((y[..., None] - value) / s) ** 2
     logits = logits.masked_fill((level < 0) | (level >= pixels.levels), -math.inf)
-    own = -0.5 * ((y - (pixels.first + pixels.bin * index)) / s) ** 2
+    own = -0.5 * ((y - (pixels.first + pixels.bin * index.to(y.dtype))) / s) ** 2
     total = torch.logsumexp(logits, -1)
     return own - total, (torch.exp(logits - total[..., None]) * value).sum(-1)
 
@@ -96,7 +96,7 @@ def log_bin_probability(mean: Tensor, std: float | Tensor, index: Tensor, pixels
 
     The end bins reach to infinity.
     """
-    centre = pixels.first + pixels.bin * index - mean
+    centre = pixels.first + pixels.bin * index.to(mean.dtype) - mean
     upper = torch.where(index == pixels.levels - 1, math.inf, (centre + pixels.bin / 2) / std)
     lower = torch.where(index == 0, -math.inf, (centre - pixels.bin / 2) / std)
     # in the upper tail both CDFs are 1 to rounding: take the mirror image there
@@ -112,7 +112,7 @@ def _expected_softmax(pixels: PixelGrid, s: float) -> Tensor:
     eps = torch.linspace(-9, 9, 361, dtype=torch.float64)
     weight = torch.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) * (eps[1] - eps[0])
     index = torch.arange(pixels.levels)
-    y = pixels.first + pixels.bin * index[:, None] + s * eps
+    y = pixels.first + pixels.bin * index[:, None].double() + s * eps
     return -(softmax_level(y, s, index[:, None].expand_as(y), pixels)[0] * weight).sum(1)
 
 

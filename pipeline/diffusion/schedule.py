@@ -169,7 +169,7 @@ class Cosine(Tabulated):
 
 @dataclass(frozen=True)
 class VP:
-    """The variance-preserving SDE (Song et al. 2021, eq. 32): log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2, t from t_min."""
+    """The variance-preserving SDE (Song et al. 2021, eq. 32): log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0

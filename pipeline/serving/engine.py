@@ -270,7 +270,6 @@ class Engine:
         while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._timed):
             job = self._timed.get(heapq.heappop(self._deadlines)[1])
             if job is not None:
-                self._expired += 1
                 self._fail(job, DeadlineExceeded(f"the deadline passed after {job.evaluations} network evaluations"))
 
     def _admit(self) -> None:
@@ -293,7 +292,6 @@ class Engine:
         except StopIteration as stop:
             self._finish(job, stop.value)
         except Exception as error:
-            self._failed += 1
             self._fail(job, error)
         else:
             self._ask(job, query)
@@ -318,7 +316,6 @@ class Engine:
             if job.over:
                 continue
             if isinstance(answer, Exception):
-                self._failed += 1
                 self._fail(job, answer)
             else:
                 self._receive(job, query.rows, answer)
@@ -360,7 +357,6 @@ class Engine:
         except StopIteration as stop:
             self._finish(job, stop.value)
         except Exception as error:
-            self._failed += 1
             self._fail(job, error)
         else:
             self._ask(job, following)
@@ -394,20 +390,24 @@ class Engine:
         now = time.monotonic()
         queued_s, run_s = job.started_s - job.submitted_s, now - job.started_s
         outcome = Outcome(value, job.evaluations, job.row_evaluations, queued_s, run_s)
-        self._finished += 1
         self._end(job)
+        self._finished += 1
         _settle(job.future, outcome)
 
     def _fail(self, job: Job, error: Exception) -> None:
         if job.name:
             error.add_note(f"request {job.name}, evaluation {job.evaluations + 1}")
         self._end(job)
+        if isinstance(error, DeadlineExceeded):
+            self._expired += 1
+        else:
+            self._failed += 1
         _settle(job.future, error)
 
     def _drop(self, job: Job) -> None:
         if not job.over:
-            self._cancelled += 1
             self._end(job)
+            self._cancelled += 1
 
     def _abandon(self, error: Exception) -> None:
         with self._wake:

@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Annotated, Any, Protocol
@@ -277,19 +278,27 @@ class _Run:
             batches.close()
 
     def _steps(self, batches: Batches) -> Iterator[say.Event]:
-        network = self._network()
         shards = self.place.shards(self.task.logical_shards)
+
+        def read() -> list[Batch]:
+            return list(islice(batches, len(shards)))
+
+        with ThreadPoolExecutor(1) as pool:  # readers start while the network is wrapped: each takes seconds
+            reading = pool.submit(read)
+            network = self._network()
+            mine = reading.result()
+        self._settle(network, mine, shards)
+        waited, start = 0.0, time.perf_counter()
         while self.step < self.task.total_steps:
-            start = time.perf_counter()
-            mine = list(islice(batches, len(shards)))
-            waited = time.perf_counter() - start
-            if network is None:
-                network = self._settled(mine, shards)
             table, norm, rate = self._step(network, mine, shards)
             self.window.add(table, norm, rate, waited, time.perf_counter() - start, self.task.batch_size)
             yield from self._after_step(table, norm)
             if table.stop:
                 break
+            start = time.perf_counter()
+            if self.step < self.task.total_steps:
+                mine = read()
+            waited = time.perf_counter() - start
         yield from self._finish()
 
     def _step(
@@ -359,26 +368,28 @@ class _Run:
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
-    def _network(self) -> torch.nn.Module | None:
-        """What a step calls; None while it has to be settled on a first batch."""
-        return self.module if self.place.world == 1 else None
+    def _network(self) -> torch.nn.Module:
+        """What a step calls: the module, for several workers with DDP around it."""
+        if self.place.world == 1:
+            return self.module
+        return DistributedDataParallel(self.module, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
-    def _settled(self, mine: Sequence[Batch], shards: Sequence[int]) -> torch.nn.Module:
-        """DDP around the module, its gradient buckets in their final order.
+    def _settle(self, network: torch.nn.Module, mine: Sequence[Batch], shards: Sequence[int]) -> None:
+        """Brings DDP's gradient buckets into their final order.
 
         DDP rebuilds its buckets after the first backward, so that the first step after a restart would add up gradients
         of three or more ranks in another order than the same step of an uninterrupted run. Two throwaway backwards at
         every start, the very first included, leave nothing but the order behind: gradients are cleared, and every draw
         of a step is keyed anew.
         """
-        network = DistributedDataParallel(self.module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        if self.place.world == 1:
+            return
         key = StepKey(self.task.seed, self.step, shards[-1], self.task.logical_shards)
         with warnings.catch_warnings():  # said once a process: 1x1 kernels have two names for the same strides
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             for _ in range(2):
                 backward(network, mine[-1:], [key], self.place)
         self.optimizer.zero_grad()
-        return network
 
     def _due(self, every: int) -> bool:
         """Whether the step just done passed a multiple of `every` images."""

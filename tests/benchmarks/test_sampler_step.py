@@ -11,7 +11,6 @@ import json
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -27,11 +26,7 @@ from pipeline.diffusion.procedure import Answer, Procedure, drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.samplers import SAMPLERS
 from pipeline.diffusion.schedule import LinearBeta, grid
-from tests.diffusion.test_sampler_equivalence import LINEAR, k_diffusion_sampling
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import diffusers
+from tests.diffusion.test_sampler_equivalence import LINEAR, diffusers, k_diffusion_sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")]
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def estimate(
     conditioning: Conditioning = NONE,
     pixels: PixelGrid = PIXELS,
     chunk: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> Likelihood:
     noise = noise or Noise(range(len(x)) if seeds is None else seeds)
     procedure = ESTIMATORS[name](x, facts or process(), noise, conditioning, pixels=pixels, **options)
@@ -59,7 +60,7 @@ class QuadratureNoise(Noise):
         return out.fill_(0.5)
 
 
-def normal_nodes(dimensions: int, reach: float = 6.5, step: float = 0.5) -> tuple[Tensor, Tensor]:
+def normal_nodes(dimensions: int, reach: float = 6.0, step: float = 0.6) -> tuple[Tensor, Tensor]:
     """Points (N, dimensions) and weights (N,) that integrate smooth functions against N(0, I): the trapezoid rule."""
     line = torch.arange(-reach, reach + step / 2, step, dtype=torch.float64)
     weight = torch.exp(-(line**2) / 2) / math.sqrt(2 * math.pi) * step

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def _law(dimensions: int) -> Tensor:
     return (both / both.sum()).flatten()
 
 
-def _expected(name: str, dimensions: int, **options: object) -> tuple[float, float]:
+def _expected(name: str, dimensions: int, **options: Any) -> tuple[float, float]:
     """The bound in expectation over images and noise, by quadrature through the estimator, and the entropy; nats."""
     law = _law(dimensions)
     pixels = COARSE[dimensions]
@@ -61,7 +62,7 @@ def test_continuous_bound_is_the_entropy(dimensions: int, levels: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"variance": "beta"}])
-def test_discrete_bound_falls_to_the_continuous_one_as_one_over_steps(options: dict[str, object]) -> None:
+def test_discrete_bound_falls_to_the_continuous_one_as_one_over_steps(options: dict[str, Any]) -> None:
     limit, _ = _expected("vlb", 1, levels=300)
     steps = (100, 200, 400)
     gaps = [_expected("vlb_discrete", 1, steps=T + 1, **options)[0] - limit for T in steps]
@@ -253,6 +254,6 @@ def test_parts_sum_and_rows_do_not_matter() -> None:
         ("ddim_bound", {"eta": 3.0, "steps": 20}, "asks at step 1"),
     ],
 )
-def test_bad_options_are_named(name: str, options: dict[str, object], message: str) -> None:
+def test_bad_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate(name, Shrink(0.3), grey_images(2, 4), conditioning=NONE, **options)

@@ -27,7 +27,7 @@ from pipeline.diffusion.schedule import EDM, LinearBeta, Schedule, grid
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
     from torchdiffeq import odeint
 
 # numpy's word about how diffusers converts its tables
@@ -205,9 +205,7 @@ def test_adaptive_agrees_with_torchdiffeq() -> None:
     with torch.no_grad():
         end: Any = odeint(slope, y, times, rtol=1e-7, atol=1e-7)
         expected = denoiser(end[1], torch.full((3,), g_min, dtype=torch.float64), NONE).x_hat
-    agree(
-        ours("adaptive", denoiser, torch.tensor([g_max, g_min], dtype=torch.float64), y, tolerance=1e-7), expected
-    )
+    agree(ours("adaptive", denoiser, torch.tensor([g_max, g_min], dtype=torch.float64), y, tolerance=1e-7), expected)
 
 
 # --- k-diffusion ------------------------------------------------------------------------------------------------------

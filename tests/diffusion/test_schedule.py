@@ -31,13 +31,20 @@ from pipeline.diffusion.schedule import (
 )
 
 F64 = torch.float64
-LAWS = {name: law() for name, law in SCHEDULES.items()} | {
-    "learned_scalar": LearnedGamma(shape="scalar"),
-    "learned_ends": LearnedGamma(learn_ends=True),
+TABLED: dict[str, LinearBeta | Cosine] = {
+    "linear_beta": LinearBeta(),
+    "cosine": Cosine(),
     "linear_beta_4000": LinearBeta(4000),
     "cosine_4000": Cosine(4000, gamma_limit=25.0),
 }
-TABLES = ["linear_beta", "cosine", "linear_beta_4000", "cosine_4000"]
+LAWS = (
+    {name: law() for name, law in SCHEDULES.items()}
+    | TABLED
+    | {
+        "learned_scalar": LearnedGamma(shape="scalar"),
+        "learned_ends": LearnedGamma(learn_ends=True),
+    }
+)
 
 
 def abar_of(gamma: torch.Tensor) -> torch.Tensor:
@@ -143,17 +150,18 @@ def test_law_runs_between_its_ends_increasing_and_inverts(name: str) -> None:
 def test_derivative_agrees_with_finite_differences(name: str) -> None:
     law = LAWS[name]
     t = torch.linspace(0.03, 0.97, 41, dtype=F64)
-    if name in TABLES:  # piecewise linear: between two nodes
-        t = (torch.floor(t * (law.steps - 1)) + 0.5) / (law.steps - 1)
+    if name in TABLED:  # piecewise linear: between two nodes
+        steps = TABLED[name].steps
+        t = (torch.floor(t * (steps - 1)) + 0.5) / (steps - 1)
     h = 1e-6
     with torch.no_grad():
         numeric = (law.gamma(t + h) - law.gamma(t - h)) / (2 * h)
         assert torch.allclose(derivative(law.gamma, t), numeric, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", TABLED)
 def test_nodes_of_a_table_are_exact_integers(name: str) -> None:
-    law = LAWS[name]
+    law = TABLED[name]
     index = torch.arange(law.steps, dtype=F64)
     assert torch.equal(law.time(law.table) * (law.steps - 1), (index / (law.steps - 1)) * (law.steps - 1))
     assert torch.allclose(law.time(law.table) * (law.steps - 1), index, rtol=0, atol=1e-9)

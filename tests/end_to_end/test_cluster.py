@@ -99,7 +99,7 @@ def _wait_for_agent(environment: dict[str, str]) -> None:
 def submit(cluster: dict[str, str], verb: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [
         *(RAY, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, "-m", f"jobs.{verb}"),
-        *(f"'{argument}'" for argument in (RUN_FILE, *arguments)),
+        *(RUN_FILE, *arguments),
     ]
     return subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=400)
 

@@ -14,7 +14,7 @@ from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.decoders import DECODERS, DecoderTask, PixelGrid, expected_softmax, mix_log_variance, row_sum
 from pipeline.diffusion.denoiser import Process, shaped
-from pipeline.diffusion.estimate import Likelihood, check_input, repeat_rows, sum_parts
+from pipeline.diffusion.estimate import Likelihood, check_input, mean_and_variance, repeat_rows, sum_parts
 from pipeline.diffusion.procedure import Answer, Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.schedule import SCALINGS, prior_variance, step_variance
@@ -78,7 +78,10 @@ def _measure_levels(
         columns = slice(start, start + together)
         level = gamma_t[:, columns].flatten()
         m = gamma_t[:, columns].shape[1]
-        eps = setting.noise.normal_(torch.empty(n, m, *x.shape[1:], dtype=torch.float64, device=x.device)).flatten(0, 1)
+        eps = torch.empty(n, m, *x.shape[1:], dtype=torch.float64, device=x.device)
+        for column in range(m):  # one by one: what a generator gives depends on how much is asked at once
+            setting.noise.normal_(eps[:, column])
+        eps = eps.flatten(0, 1)
         rows = repeat_rows(n, m, x)
         clean = x[rows]
         answer = yield Query(clean + shaped(torch.exp(level / 2), eps) * eps, level, setting.conditioning[rows])
@@ -109,8 +112,8 @@ def _reconstruction(
         y = x + s * setting.noise.normal_like(x)
         task = DecoderTask(y, gamma, setting.index, setting.conditioning, setting.pixels, log_variances, variance)
         values.append(-(yield from decode(task)))
-    stack = torch.stack(values, 1)
-    return row_sum(stack) / draws, stack.var(1) / draws, draws
+    mean, variance = mean_and_variance(torch.stack(values, 1))
+    return mean, variance, draws
 
 
 def prior_term(x: Tensor, gamma: float, variance: float) -> Tensor:

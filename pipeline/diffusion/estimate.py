@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.decoders import row_sum
 from pipeline.diffusion.randomness import Noise
 
 
@@ -45,6 +46,13 @@ class Likelihood:
 
 def sum_parts(parts: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(parts.values())).sum(0)
+
+
+def mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of independent values (n, k), k > 1: the mean of each row and the estimated variance of that mean."""
+    k = values.shape[1]
+    mean = row_sum(values) / k
+    return mean, row_sum((values - mean[:, None]) ** 2) / (k * (k - 1))
 
 
 def repeat_rows(n: int, times: int, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pipeline.diffusion.bounds import ddim_bound, upper_log_variance, vlb, vlb_d
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.decoders import DECODERS, DecoderTask, PixelGrid, row_sum, softmax_level
 from pipeline.diffusion.denoiser import Process
-from pipeline.diffusion.estimate import Likelihood, check_input, repeat_rows, sum_parts
+from pipeline.diffusion.estimate import Likelihood, check_input, mean_and_variance, repeat_rows, sum_parts
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.randomness import Noise
 
@@ -95,7 +95,7 @@ def _dequantisation_variance(
         return _spread((x_hat - softmax_level(y, s, index, pixels)[1]) / s, n, 1, 0.5)
     if samples == 1:
         return torch.full_like(nats[:, 0], math.nan)
-    return nats.var(1) / samples
+    return mean_and_variance(nats)[1]
 
 
 def ode(

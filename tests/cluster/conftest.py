@@ -30,6 +30,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     root = str(Path(__file__).parents[2])
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=150 << 20,

@@ -142,7 +142,7 @@ def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
 
 
 def test_a_request_outlives_its_replica(client: httpx.Client) -> None:
-    fields = {"n": 2, "seed": 9, "steps": 800, "sampler": "ddim"}
+    fields = {"n": 2, "seed": 9, "steps": 400, "sampler": "ddim"}
     expected = client.post(GENERATE, json=fields).json()["data"]
     process = status()["process"]
     with ThreadPoolExecutor(1) as pool:

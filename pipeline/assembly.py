@@ -191,6 +191,7 @@ def export(config: "RunConfig", manifest: Manifest, mlflow_run: str = "") -> str
         "images_seen": state.facts["images"],
         "step": state.step,
         "objective": config.objective,
+        "label_dropout": config.training.label_dropout,
         "seed": config.seed,
         "data": {"url": manifest.url, "digest": manifest.digest, "samples": manifest.card["samples"]},
         "class_names": list(manifest.class_names),

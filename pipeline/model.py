@@ -181,6 +181,11 @@ class Model:
         procedure = sampler.start(process, y, levels, noise, conditioning, **how.options)
         if how.guidance == 1.0:
             return procedure
+        if self.guide is None and self.card.get("label_dropout") == 0:
+            raise ValueError(
+                "guidance must be 1: this model was trained with labels alone (training.label_dropout was 0), so it "
+                "does not know the unconditional prediction that guidance starts from"
+            )
         return (classifier_free if self.guide is None else autoguidance)(procedure, how.guidance)
 
     def scoring(

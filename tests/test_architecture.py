@@ -35,6 +35,17 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.model"},
         {"torch", "numpy", "pydantic"},
     ),
+    "pipeline/assembly.py": (
+        {
+            "pipeline.choose",
+            "pipeline.config",
+            "pipeline.data",
+            "pipeline.diffusion",
+            "pipeline.model",
+            "pipeline.training",
+        },
+        {"torch"},
+    ),
     "pipeline/config.py": (
         {"pipeline.data", "pipeline.evaluation", "pipeline.model", "pipeline.serving", "pipeline.training"},
         {"pydantic", "omegaconf", "yaml"},

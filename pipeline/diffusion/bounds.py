@@ -14,7 +14,14 @@ from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.decoders import DECODERS, DecoderTask, PixelGrid, expected_softmax, mix_log_variance, row_sum
 from pipeline.diffusion.denoiser import Process, shaped
-from pipeline.diffusion.estimate import Likelihood, check_input, mean_and_variance, repeat_rows, sum_parts
+from pipeline.diffusion.estimate import (
+    Likelihood,
+    Variance,
+    check_input,
+    mean_and_variance,
+    repeat_rows,
+    sum_parts,
+)
 from pipeline.diffusion.procedure import Answer, Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.schedule import SCALINGS, prior_variance, step_variance
@@ -22,14 +29,19 @@ from pipeline.diffusion.schedule import SCALINGS, prior_variance, step_variance
 # --- sums over levels ---------------------------------------------------------------------------------------------
 
 
-def series_variance(terms: Tensor) -> Tensor:
-    """(n,) variance of the sum of k independent terms (n, k) whose means vary smoothly, by their second differences."""
+def series_variance(terms: Tensor) -> Variance:
+    """Of the sum of k > 1 independent terms (n, k) whose means vary smoothly: by their second differences.
+
+    A second difference of equal variances v has variance 6 v; overlapping as they are, k of them have 18/35 k degrees of
+    freedom, and fewer the more unequal the terms are.
+    """
     n, k = terms.shape
-    if k < 2:
-        return torch.full((n,), math.nan, dtype=torch.float64, device=terms.device)
     if k == 2:
-        return terms.diff(dim=1)[:, 0] ** 2
-    return row_sum(terms.diff(n=2, dim=1) ** 2) / 6 * (k / (k - 2))
+        return Variance(terms.diff(dim=1)[:, 0] ** 2, torch.ones(n, dtype=terms.dtype, device=terms.device))
+    each = terms.diff(n=2, dim=1) ** 2 / 6
+    total, squares = row_sum(each), row_sum(each**2)
+    freedom = torch.where(squares > 0, 54 / 35 * total**2 / squares, math.inf)
+    return Variance(total * (k / (k - 2)), freedom.clamp(min=1))
 
 
 def controlled(terms: Tensor, weights: Tensor, squares: Tensor, dimensions: int) -> Tensor:
@@ -46,8 +58,8 @@ def controlled(terms: Tensor, weights: Tensor, squares: Tensor, dimensions: int)
     return terms - weights * around * (squares - dimensions)
 
 
-# (answer, clean images, gamma_t, gamma_s), m rows each -> (m,) nats
-Measure = Callable[[Answer, Tensor, Tensor, Tensor], Tensor]
+# (answer, clean images (m, ...), what the level's row says (m, facts)) -> (m,) nats
+Measure = Callable[[Answer, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,31 +79,31 @@ class _Setting:
         return self.x[0].numel()
 
 
-def _measure_levels(
-    setting: _Setting, gamma_t: Tensor, gamma_s: Tensor, measure: Measure
-) -> Procedure[tuple[Tensor, Tensor]]:
-    """The measure at y_t = x + s_t eps for each image's own levels gamma_t (n, k), and |eps|^2, both (n, k)."""
-    x, (n, k) = setting.x, gamma_t.shape
+def _measure_levels(setting: _Setting, facts: Tensor, measure: Measure) -> Procedure[tuple[Tensor, Tensor]]:
+    """The measure at y_t = x + s_t eps, and |eps|^2, both (n, k).
+
+    facts: (n, k, facts) of each image's own levels, gamma_t first.
+    """
+    x, (n, k) = setting.x, facts.shape[:2]
     together = max(1, setting.rows // n)
-    values, squares = torch.empty_like(gamma_t), torch.empty_like(gamma_t)
+    values, squares = torch.empty_like(facts[..., 0]), torch.empty_like(facts[..., 0])
     for start in range(0, k, together):
         columns = slice(start, start + together)
-        level = gamma_t[:, columns].flatten()
-        m = gamma_t[:, columns].shape[1]
+        level = facts[:, columns].flatten(0, 1)
+        m = len(level) // n
         eps = torch.empty(n, m, *x.shape[1:], dtype=torch.float64, device=x.device)
         for column in range(m):  # one by one: what a generator gives depends on how much is asked at once
             setting.noise.normal_(eps[:, column])
-        eps = eps.flatten(0, 1)
-        rows = repeat_rows(n, m, x)
-        clean = x[rows]
-        answer = yield Query(clean + shaped(torch.exp(level / 2), eps) * eps, level, setting.conditioning[rows])
-        value = measure(answer, clean, level, gamma_s[:, columns].flatten())
+        eps, rows = eps.flatten(0, 1), repeat_rows(n, m, x)
+        clean, gamma = x[rows], level[:, 0]
+        answer = yield Query(clean + shaped(torch.exp(gamma / 2), eps) * eps, gamma, setting.conditioning[rows])
+        value = measure(answer, clean, level)
         bad = ~torch.isfinite(value)
         if bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
             raise ValueError(
                 f"likelihood: not a finite number from the network for image {row // m} of the batch at level "
-                f"{start + row % m}, gamma {float(level[row]):.4f}"
+                f"{start + row % m}, gamma {float(gamma[row]):.4f}"
             )
         values[:, columns] = value.view(n, m)
         squares[:, columns] = row_sum(eps**2).view(n, m)
@@ -100,13 +112,14 @@ def _measure_levels(
 
 def _reconstruction(
     setting: _Setting, gamma: float, decoder: str, draws: int, variance: str, log_variances: tuple[float, float]
-) -> Procedure[tuple[Tensor, Tensor, int]]:
+) -> Procedure[tuple[Tensor, Variance, int]]:
     """E[-log p(u | y_0)] (n,) nats, the variance of its estimate, and the evaluations an image it took."""
     decode = choose(DECODERS, decoder, "decoder")
     x = setting.x
     s = math.exp(gamma / 2)
     if decoder == "softmax":
-        return expected_softmax(s, setting.index, setting.pixels), torch.zeros_like(row_sum(x)), 0
+        value = expected_softmax(s, setting.index, setting.pixels)
+        return value, Variance.known(torch.zeros_like(value)), 0
     values: list[Tensor] = []
     for _ in range(draws):
         y = x + s * setting.noise.normal_like(x)
@@ -128,10 +141,11 @@ def upper_log_variance(process: Process, gamma: float) -> float:
     return gamma + 2 * math.log(float(alpha))
 
 
-def _finish(setting: _Setting, parts: dict[str, Tensor], variance: Tensor, evaluations: int) -> Likelihood:
+def _finish(setting: _Setting, parts: dict[str, Tensor], variance: Variance, evaluations: int) -> Likelihood:
     x = setting.x
     count = torch.full((len(x),), evaluations, dtype=torch.int64, device=x.device)
-    return Likelihood(sum_parts(parts), parts, {"noise": variance.sqrt()}, count, setting.dimensions)
+    errors = {"noise": variance.value.sqrt()}
+    return Likelihood(sum_parts(parts), parts, errors, count, setting.dimensions, freedom=variance.freedom)
 
 
 def _setting(
@@ -146,9 +160,9 @@ def _setting(
 # --- continuous time ----------------------------------------------------------------------------------------------
 
 
-def _eps_error(answer: Answer, clean: Tensor, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
+def _eps_error(answer: Answer, clean: Tensor, facts: Tensor) -> Tensor:
     """|eps - eps_hat|^2."""
-    return row_sum(((answer.x_hat - clean) / shaped(torch.exp(gamma_t / 2), clean)) ** 2)
+    return row_sum(((answer.x_hat - clean) / shaped(torch.exp(facts[:, 0] / 2), clean)) ** 2)
 
 
 def vlb(
@@ -183,7 +197,7 @@ def vlb(
     width = (high - low) / levels
     place = noise.uniform_(torch.empty(len(x), levels, dtype=torch.float64, device=x.device))
     gammas = low + width * (torch.arange(levels, device=x.device) + place)
-    errors, squares = yield from _measure_levels(setting, gammas, gammas, _eps_error)
+    errors, squares = yield from _measure_levels(setting, gammas[..., None], _eps_error)
     weights = torch.full_like(errors, width / 2)
     terms = errors * weights
     if control:
@@ -200,34 +214,30 @@ def vlb(
 # --- discrete time ------------------------------------------------------------------------------------------------
 
 
-def _gaussian_kl(error: Tensor, move: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """(m,) KL between Gaussians of log variances log_q and log_p whose means differ by move x error (m, ...)."""
-    gap = log_q - log_p
-    return 0.5 * row_sum((move * error) ** 2 * torch.exp(-log_p) + torch.expm1(gap) - gap)
+def ancestral_steps(gamma_t: Tensor, gamma_s: Tensor, scaling: str) -> Tensor:
+    """(steps, 4): gamma_t; 1 - r, by which q(y_s | y_t, x) moves from y_t to x; log beta-tilde; log beta."""
+    move = -torch.expm1(gamma_s - gamma_t)
+    log_beta = torch.log(step_variance(scaling, gamma_t, gamma_s))
+    return torch.stack([gamma_t, move, gamma_s + torch.log(move), log_beta], 1)
 
 
-def _ancestral_measure(process: Process, variance: str) -> Measure:
-    """KL( q(y_s | y_t, x) || p(y_s | y_t) ), the model's variance beta-tilde, beta or learned between them."""
-
-    def measure(answer: Answer, clean: Tensor, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
-        move = -torch.expm1(gamma_s - gamma_t)
-        log_tilde = gamma_s + torch.log(move)
-        log_beta = torch.log(step_variance(process.scaling, gamma_t, gamma_s))
-        bounds = shaped(log_tilde, clean), shaped(log_beta, clean)
-        log_p = mix_log_variance(variance, bounds[0], bounds[1], answer.variance)
-        return _gaussian_kl(clean - answer.x_hat, shaped(move, clean), bounds[0], log_p.expand_as(clean))
-
-    return measure
+def ddim_steps(gamma_t: Tensor, gamma_s: Tensor, eta: float) -> Tensor:
+    """As `ancestral_steps`, of variance eta^2 beta-tilde in process and model (Song et al. 2020, eq. 7)."""
+    loss = -torch.expm1(gamma_s - gamma_t)
+    keep = torch.exp((gamma_s - gamma_t) / 2) * torch.sqrt(1 - eta**2 * loss)
+    log_variance = gamma_s + torch.log(eta**2 * loss)
+    return torch.stack([gamma_t, 1 - keep, log_variance, log_variance], 1)
 
 
-def _ddim_measure(eta: float) -> Measure:
-    """KL of DDIM's step of variance eta^2 beta-tilde (Song et al. 2020, eq. 7), the same in process and model."""
+def step_divergence(variance: str) -> Measure:
+    """KL( q(y_s | y_t, x) || p(y_s | y_t) ), the model's mean having x_hat for x, its variance by name."""
 
-    def measure(answer: Answer, clean: Tensor, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
-        loss = -torch.expm1(gamma_s - gamma_t)
-        keep = torch.exp((gamma_s - gamma_t) / 2) * torch.sqrt(1 - eta**2 * loss)
-        log_variance = shaped(gamma_s + torch.log(eta**2 * loss), clean).expand_as(clean)
-        return _gaussian_kl(clean - answer.x_hat, shaped(1 - keep, clean), log_variance, log_variance)
+    def measure(answer: Answer, clean: Tensor, facts: Tensor) -> Tensor:
+        move, log_q, log_high = (shaped(facts[:, column], clean) for column in (1, 2, 3))
+        log_p = mix_log_variance(variance, log_q, log_high, answer.variance)
+        gap = (log_q - log_p).expand_as(clean)
+        error = (move * (clean - answer.x_hat)) ** 2
+        return 0.5 * row_sum(error * torch.exp(-log_p) + torch.expm1(gap) - gap)
 
     return measure
 
@@ -279,7 +289,7 @@ def _pick_terms(setting: _Setting, gaps: Tensor, terms: int | None, importance: 
 def _discrete(
     setting: _Setting,
     gammas: Tensor,
-    measure: Measure,
+    steps: Tensor,
     terms: int | None,
     importance: str | Tensor,
     decoder: str,
@@ -287,11 +297,10 @@ def _discrete(
     control: bool,
     variance: str,
 ) -> Procedure[Likelihood]:
-    """gammas ascending; the last move, from gammas[0] to the image, is the decoder's."""
-    gammas = gammas.to(setting.x.device)
-    gaps = gammas.diff()
+    """gammas ascending, steps (len - 1, 4) of them; the last move, from gammas[0] to the image, is the decoder's."""
+    gaps, steps = gammas.diff().to(setting.x.device), steps.to(setting.x.device)
     chosen, factor = _pick_terms(setting, gaps, terms, importance)
-    values, squares = yield from _measure_levels(setting, gammas[chosen + 1], gammas[chosen], measure)
+    values, squares = yield from _measure_levels(setting, steps[chosen], step_divergence(variance))
     values = values * factor
     if control:
         values = controlled(values, factor * 0.5 * torch.expm1(gaps[chosen]), squares, setting.dimensions)

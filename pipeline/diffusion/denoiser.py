@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.parameterization import Parameterization
-from pipeline.diffusion.schedule import Schedule, prior_variance
+from pipeline.diffusion.schedule import LearnedGamma, Schedule, prior_variance
 
 
 def shaped(level: Tensor, like: Tensor) -> Tensor:
@@ -24,7 +24,9 @@ def shaped(level: Tensor, like: Tensor) -> Tensor:
 
 def _normalised_gamma(schedule: Schedule, gamma: Tensor) -> Tensor:
     """VDM: (gamma - gamma_min) / (gamma_max - gamma_min)."""
-    return (gamma - schedule.gamma_min) / (schedule.gamma_max - schedule.gamma_min)
+    learned = isinstance(schedule, LearnedGamma)  # its ends carry gradient
+    low, high = schedule.ends if learned else (schedule.gamma_min, schedule.gamma_max)
+    return (gamma - low) / (high - low)
 
 
 def _log_sigma(schedule: Schedule, gamma: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ class Likelihood:
     standard_errors: by source of chance ('noise', 'probes', 'dequantisation').
     evaluations: int64 (n,), network evaluations; dimensions: D.
     solver_error: (n,) estimated error of an ODE solve, nats, or None.
+    freedom: (n,) degrees of freedom that `standard_error` was estimated with, inf where many.
     """
 
     nats: Tensor
@@ -26,6 +27,7 @@ class Likelihood:
     evaluations: Tensor
     dimensions: int
     solver_error: Tensor | None = None
+    freedom: Tensor | None = None
 
     @property
     def bits_per_dim(self) -> Tensor:
@@ -40,6 +42,21 @@ class Likelihood:
         return total.sqrt()
 
     @property
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """Ends of each image's 95% interval, nats: Student's t, by its expansion about the normal."""
+        z = 1.959963984540054
+        half = self.standard_error * z
+        if self.freedom is not None:
+            terms = (
+                (z**3 + z) / 4,
+                (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+                (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+            )
+            widening = sum((term / self.freedom**power for power, term in enumerate(terms, 1)), torch.zeros_like(half))
+            half = half + self.standard_error * widening
+        return self.nats - half, self.nats + half
+
+    @property
     def bits_per_dim_standard_error(self) -> Tensor:
         return self.standard_error / (self.dimensions * math.log(2))
 
@@ -48,11 +65,30 @@ def sum_parts(parts: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(parts.values())).sum(0)
 
 
-def mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of independent values (n, k), k > 1: the mean of each row and the estimated variance of that mean."""
+@dataclass(frozen=True)
+class Variance:
+    """An estimated variance (n,), nats squared, and the degrees of freedom (n,) of its estimate, inf if known."""
+
+    value: Tensor
+    freedom: Tensor
+
+    @staticmethod
+    def known(value: Tensor) -> "Variance":
+        return Variance(value, torch.full_like(value, math.inf))
+
+    def __add__(self, other: "Variance") -> "Variance":
+        """Of the sum of independent ones (Welch 1947, Satterthwaite 1946)."""
+        total = self.value + other.value
+        spread = self.value**2 / self.freedom + other.value**2 / other.freedom
+        return Variance(total, torch.where(spread > 0, total**2 / spread, math.inf))
+
+
+def mean_and_variance(values: Tensor) -> tuple[Tensor, Variance]:
+    """Of independent values (n, k), k > 1: the mean of each row, and the variance of that mean."""
     k = values.shape[1]
     mean = row_sum(values) / k
-    return mean, row_sum((values - mean[:, None]) ** 2) / (k * (k - 1))
+    variance = row_sum((values - mean[:, None]) ** 2) / (k * (k - 1))
+    return mean, Variance(variance, torch.full_like(variance, k - 1))
 
 
 def repeat_rows(n: int, times: int, like: Tensor) -> Tensor:

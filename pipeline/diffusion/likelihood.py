@@ -16,7 +16,7 @@ from pipeline.diffusion.bounds import ddim_bound, upper_log_variance, vlb, vlb_d
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.decoders import DECODERS, DecoderTask, PixelGrid, row_sum, softmax_level
 from pipeline.diffusion.denoiser import Process
-from pipeline.diffusion.estimate import Likelihood, check_input, mean_and_variance, repeat_rows, sum_parts
+from pipeline.diffusion.estimate import Likelihood, Variance, check_input, mean_and_variance, repeat_rows, sum_parts
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.randomness import Noise
 
@@ -84,17 +84,17 @@ def _spread(gradient: Tensor, n: int, linear: float, quadratic: float) -> Tensor
 
 def _dequantisation_variance(
     nats: Tensor, y: Tensor, x_hat: Tensor, index: Tensor, gamma: float, names: tuple[str, str], pixels: PixelGrid
-) -> Tensor:
-    """(n,) variance of the mean over draws (n, samples), of which y, x_hat and index have the rows."""
+) -> Variance:
+    """Of the mean over draws (n, samples), of which y, x_hat and index have the rows."""
     n, samples = nats.shape
     dequantisation, decoder = names
     s = math.exp(gamma / 2)
     if dequantisation == "uniform":
-        return _spread((x_hat - y) / s**2, n, pixels.bin**2 / 12, pixels.bin**2 / 60)
+        return Variance.known(_spread((x_hat - y) / s**2, n, pixels.bin**2 / 12, pixels.bin**2 / 60))
     if decoder == "softmax":
-        return _spread((x_hat - softmax_level(y, s, index, pixels)[1]) / s, n, 1, 0.5)
+        return Variance.known(_spread((x_hat - softmax_level(y, s, index, pixels)[1]) / s, n, 1, 0.5))
     if samples == 1:
-        return torch.full_like(nats[:, 0], math.nan)
+        return Variance.known(torch.full_like(nats[:, 0], math.nan))
     return mean_and_variance(nats)[1]
 
 
@@ -173,17 +173,16 @@ def ode(
     if importance:
         means["importance"] = math.log(samples) - torch.logsumexp(-nats, 1) - sum_parts(means)
         if samples > 1:  # of the log of a mean, to first order
-            variance = row_sum((weights * samples - 1) ** 2) / (samples * (samples - 1))
+            variance = mean_and_variance(weights * samples)[1]
+    spread = Variance.known(row_sum(weights**2 * end.probe_variance.view(n, samples)))
     return Likelihood(
         sum_parts(means),
         means,
-        {
-            "dequantisation": variance.sqrt(),
-            "probes": row_sum(weights**2 * end.probe_variance.view(n, samples)).sqrt(),
-        },
+        {"dequantisation": variance.value.sqrt(), "probes": spread.value.sqrt()},
         row_sum(evaluations.view(n, samples)),
         dimensions,
         solver_error=row_sum(weights * end.error.view(n, samples)),
+        freedom=(variance + spread).freedom,
     )
 
 

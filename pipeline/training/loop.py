@@ -47,6 +47,7 @@ class TrainingConfig:
     clip_norm: Annotated[float, "largest gradient norm; 0 never clips"] = 1.0
     ema_half_life_images: Annotated[float, "half-life of the weights' moving average, images"] = 500_000
     ema_ramp_up: Annotated[float | None, "the half-life is at most this share of the images seen; null: no ramp"] = 0.05
+    label_dropout: Annotated[float, "share of images trained without their label, for guidance"] = 0.0
     precision: Annotated[str, "fp32, or bf16 (autocast; refused where the hardware has no bf16)"] = "fp32"
     log_every_images: Annotated[int, "images between two points of the loss curve"] = 2_048
     evaluate_every_images: Annotated[int, "images between two held-out bits/dim; 0: at the end only"] = 50_000
@@ -74,6 +75,8 @@ class TrainingConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"training.{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"training.label_dropout must be a share, 0 to below 1, got {self.label_dropout:g}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"training.betas must lie in [0, 1), got {list(self.betas)}")
         if self.ema_ramp_up is not None and not self.ema_ramp_up > 0:
@@ -205,7 +208,7 @@ class _Run:
         self.task, self.config, self.place = task, config, place
         self.denoiser = task.denoiser.to(place.device).train()
         autocast = torch.bfloat16 if config.precision == "bf16" else None
-        self.module = TrainingModule(self.denoiser, task.objective, task.classes, autocast)
+        self.module = TrainingModule(self.denoiser, task.objective, task.classes, autocast, config.label_dropout)
         self.ema = EMA(self.denoiser)
         self.optimizer = AdamW(self.denoiser.named_parameters(), config.betas, config.weight_decay)
         self.saver = Saver(task.store, config.keep)

@@ -19,7 +19,7 @@ from pipeline.data.images import to_model
 from pipeline.data.stream import Batch
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.loss import Loss, Objective, quarters
+from pipeline.diffusion.loss import Loss, Objective, drop_labels, quarters
 from pipeline.diffusion.randomness import StepKey, key_seed
 
 Network = nn.Module  # a TrainingModule, or DDP around one
@@ -28,21 +28,30 @@ Network = nn.Module  # a TrainingModule, or DDP around one
 class TrainingModule(nn.Module):
     """Denoiser and objective as one forward, for DDP to wrap.
 
-    classes: 0 for a network that takes no labels; autocast: dtype of convolutions and products, None for float32.
+    classes: 0 for a network that takes no labels; autocast: dtype of convolutions and products, None for float32;
+    label_dropout: share of images trained without their label, for classifier-free guidance.
     """
 
     def __init__(
-        self, denoiser: Denoiser, objective: Objective, classes: int, autocast: torch.dtype | None = None
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        classes: int,
+        autocast: torch.dtype | None = None,
+        label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.objective = objective
         self.classes = classes
         self.autocast = autocast
+        self.label_dropout = label_dropout
 
     def forward(self, images: Tensor, labels: Tensor | None, key: StepKey) -> Loss:
         """images uint8 (b, C, H, W); labels int64 (b,) or None."""
         conditioning = Conditioning(labels) if self.classes else Conditioning()
+        if self.label_dropout:
+            conditioning = drop_labels(conditioning, self.label_dropout, key)
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.objective.loss(self.denoiser, to_model(images), conditioning, key)
 

@@ -78,7 +78,7 @@ def test_seeds_make_the_draws() -> None:
     x = grey_images(2, 5, channels=3)
     labels = Conditioning(torch.tensor([1, 1]))
     for name in ESTIMATORS:
-        options = {"steps": 20} if name in ("vlb_discrete", "ddim_bound") else {}
+        options: dict[str, Any] = {"steps": 20} if name in ("vlb_discrete", "ddim_bound") else {}
         one, again, other = (
             estimate(name, small_denoiser(3), x, seeds=seeds, conditioning=labels, **options).nats
             for seeds in ((1, 2), (1, 2), (3, 2))

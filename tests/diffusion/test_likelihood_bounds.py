@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pipeline.diffusion.bounds import _ancestral_measure, _ddim_measure
+from pipeline.diffusion.bounds import ancestral_steps, ddim_steps, step_divergence
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Prediction, Process
 from pipeline.diffusion.likelihood import PixelGrid
@@ -112,7 +112,7 @@ def test_ancestral_term_is_the_divergence_of_ddpm(variance: str) -> None:
     share = (answer.variance + 1) / 2
     model = {"posterior": tilde, "beta": beta, "learned": torch.exp(share * beta.log() + (1 - share) * tilde.log())}
     expected = _kl(mean(x), tilde.expand_as(x), mean(answer.x_hat), model[variance].expand_as(x))
-    got = _ancestral_measure(process(), variance)(answer, x, gamma_t, gamma_s)
+    got = step_divergence(variance)(answer, x, ancestral_steps(gamma_t, gamma_s, "vp"))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -129,7 +129,7 @@ def test_ddim_term_is_the_divergence_of_ddim(eta: float) -> None:
         return abar_s.sqrt() * clean + (1 - abar_s - variance).sqrt() * direction
 
     expected = _kl(mean(x), variance.expand_as(x), mean(answer.x_hat), variance.expand_as(x))
-    got = _ddim_measure(eta)(answer, x, gamma_t, gamma_s)
+    got = step_divergence("posterior")(answer, x, ddim_steps(gamma_t, gamma_s, eta))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -175,7 +175,7 @@ def test_learned_variance_spans_beta_tilde_to_beta() -> None:
     x, facts = grey_images(3, 4), process()
     for head, name in ((-1.0, "posterior"), (1.0, "beta")):
         for decoder in ("softmax", "gaussian"):
-            options = {"steps": 30, "decoder": decoder}
+            options: dict[str, Any] = {"steps": 30, "decoder": decoder}
             learned = estimate("vlb_discrete", Shrink(0.3, head), x, facts=facts, variance="learned", **options)
             fixed = estimate("vlb_discrete", Shrink(0.3), x, facts=facts, variance=name, **options)
             torch.testing.assert_close(learned.nats, fixed.nats, rtol=1e-12, atol=1e-9)
@@ -224,7 +224,7 @@ def test_parts_sum_and_rows_do_not_matter() -> None:
     denoiser, x = small_denoiser(), grey_images(5, 8)
     labels = Conditioning(torch.arange(5))
     for name in ("vlb", "vlb_discrete", "ddim_bound"):
-        options = {"levels": 12} if name == "vlb" else {"steps": 40, "terms": 12}
+        options: dict[str, Any] = {"levels": 12} if name == "vlb" else {"steps": 40, "terms": 12}
         few = estimate(name, denoiser, x, conditioning=labels, rows=1, chunk=4, **options)
         many = estimate(name, denoiser, x, conditioning=labels, rows=1000, chunk=4, **options)
         torch.testing.assert_close(sum(few.parts.values()), few.nats)

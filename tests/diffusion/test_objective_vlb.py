@@ -233,7 +233,6 @@ class Linear(nn.Module):
         return (0.2 + 0.6 * level).view(-1, 1, 1, 1) * z
 
 
-@pytest.mark.xfail(strict=True, reason="level normalised_gamma takes the end points as constants")
 def test_end_points_with_a_normalised_level() -> None:
     """The network is told (gamma - gamma_min) / (gamma_max - gamma_min), which learnt end points do not change."""
     law = LearnedGamma(-9.0, 3.0, "scalar", learn_ends=True)

@@ -82,6 +82,9 @@ class RunConfig:
         return self.tracking.model or self.name
 
 
+Section = Mapping[str, Any]
+
+
 def _bare(annotation: Any) -> Any:
     """A type without its Annotated help and without `| None`."""
     if typing.get_origin(annotation) is Annotated:
@@ -108,7 +111,7 @@ def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
             path = f"{where}.{key}" if where else key
             if not isinstance(value, Mapping):
                 raise ValueError(f"'{path}' is a section with keys of its own, got {value!r}")
-            _check_keys(section, value, path)  # pyright: ignore[reportArgumentType]
+            _check_keys(typing.cast(type, section), typing.cast(Section, value), path)
 
 
 def from_plain(values: Mapping[str, Any], source: str = "run configuration") -> RunConfig:
@@ -123,7 +126,7 @@ def from_plain(values: Mapping[str, Any], source: str = "run configuration") -> 
         _check_keys(RunConfig, values, "")
         return TypeAdapter(RunConfig).validate_python(dict(values))
     except ValidationError as error:
-        problems = []
+        problems: list[str] = []
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
             message = problem["msg"].removeprefix("Value error, ")
@@ -149,7 +152,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no run file at {path}; complete ones are in jobs/configs/")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -160,7 +163,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
                 f"'{override}' is not an override; write section.key=value, for example training.images=100000"
             )
     given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
-    return from_plain(_merge(values, typing.cast(dict[str, Any], given)), path)
+    return from_plain(_merge(typing.cast(Section, values), typing.cast(Section, given)), path)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,15 +172,12 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        if (
-            isinstance(value, Mapping)
-            and isinstance(old, Mapping)
-            and ("name" not in value or value["name"] == old.get("name"))
-        ):
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
+        merged[key] = value
+        old: Any = base.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            before, after = typing.cast(Section, old), typing.cast(Section, value)
+            if "name" not in after or after["name"] == before.get("name"):
+                merged[key] = _merge(before, after)
     return merged
 
 

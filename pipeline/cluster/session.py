@@ -2,6 +2,7 @@
 lasts.
 """
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:
             hint = "" if os.environ.get("RAY_AUTH_TOKEN") else " (or it asks for another token: set RAY_AUTH_TOKEN)"
             raise ConnectionError(f"no Ray cluster answers at {address}{hint}: {error}") from error
@@ -61,7 +62,7 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
             num_cpus=None if cpus is None else max(1, int(cpus)),
             dashboard_host="127.0.0.1",
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
     try:
         yield

@@ -30,10 +30,10 @@ from pipeline.diffusion.schedule import SCALINGS, prior_variance, step_variance
 
 
 def series_variance(terms: Tensor) -> Variance:
-    """Of the sum of k > 1 independent terms (n, k) whose means vary smoothly: by their second differences.
+    """Of the sum of k > 1 independent terms (n, k) whose means vary smoothly, by their second differences.
 
-    A second difference of equal variances v has variance 6 v; overlapping as they are, k of them have 18/35 k degrees of
-    freedom, and fewer the more unequal the terms are.
+    A second difference of equal variances v has variance 6 v; overlapping as they are, k of them have 18/35 k degrees
+    of freedom, and fewer the more unequal the terms are.
     """
     n, k = terms.shape
     if k == 2:
@@ -125,8 +125,8 @@ def _reconstruction(
         y = x + s * setting.noise.normal_like(x)
         task = DecoderTask(y, gamma, setting.index, setting.conditioning, setting.pixels, log_variances, variance)
         values.append(-(yield from decode(task)))
-    mean, variance = mean_and_variance(torch.stack(values, 1))
-    return mean, variance, draws
+    mean, spread = mean_and_variance(torch.stack(values, 1))
+    return mean, spread, draws
 
 
 def prior_term(x: Tensor, gamma: float, variance: float) -> Tensor:
@@ -351,10 +351,8 @@ def vlb_discrete(
     """
     setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
     levels = _check_gammas(gammas, process, steps)
-    measure = _ancestral_measure(process, variance)
-    return (
-        yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, control, variance)
-    )
+    table = ancestral_steps(levels[1:], levels[:-1], process.scaling)
+    return (yield from _discrete(setting, levels, table, terms, importance, decoder, decoder_draws, control, variance))
 
 
 def ddim_bound(
@@ -390,10 +388,10 @@ def ddim_bound(
     if bool(excess.any()):
         step = int(excess.nonzero()[0, 0]) + 1
         raise ValueError(
-            f"likelihood ddim_bound: eta {eta:g} asks at step {step} (gamma {float(levels[step]):.4f} to "
-            f"{float(levels[step - 1]):.4f}) for more variance than the level it goes to has: use a smaller eta"
+            f"likelihood ddim_bound: eta {eta:g} asks at step {step}, gamma {float(levels[step]):.4f} to "
+            f"{float(levels[step - 1]):.4f}, for more variance than the level it goes to has: use a smaller eta"
         )
-    measure = _ddim_measure(eta)
+    table = ddim_steps(levels[1:], levels[:-1], eta)
     return (
-        yield from _discrete(setting, levels, measure, terms, importance, decoder, decoder_draws, control, "posterior")
+        yield from _discrete(setting, levels, table, terms, importance, decoder, decoder_draws, control, "posterior")
     )

@@ -303,7 +303,7 @@ def test_not_a_number_is_named() -> None:
 
 
 def test_a_stiff_network_ends_in_a_clear_error() -> None:
-    """Lattice upon lattice of noise in the network: steps shrink, evaluations are bounded, the error names the place."""
+    """A rough Jacobian: steps shrink, evaluations are bounded, and the error names the place."""
 
     def rough(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
         return Prediction(0.5 * y + 0.1 * torch.sin(3e4 * y))

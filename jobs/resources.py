@@ -24,7 +24,7 @@ class PeakMemory:
 
     def take(self) -> int:
         """The peak since the last call, bytes."""
-        peak, self.bytes = self.bytes, 0
+        peak, self.bytes = max(self.bytes, tree_bytes(psutil.Process())), 0
         return peak
 
     def _watch(self) -> None:

@@ -81,7 +81,9 @@ def test_layer_imports_only_what_the_contract_allows(layer: str) -> None:
     for path in files:
         for module in imports_of(path):
             root = module.split(".")[0]
-            if root == "pipeline":
+            if module == "pipeline":  # `load` and the version, which import nothing by themselves
+                allowed = True
+            elif root == "pipeline":
                 allowed = any(module == p or module.startswith(p + ".") for p in project | {own})
             else:
                 allowed = root in STANDARD | packages

@@ -238,8 +238,8 @@ def steps_a_block(config: StreamConfig, manifest: Manifest, logical_shards: int)
     fit = config.read_ahead_bytes // (BLOCKS_AHEAD * logical_shards * step_bytes)
     if fit < 1:
         raise ValueError(
-            f"read_ahead_bytes is {config.read_ahead_bytes}; {logical_shards} logical shards of {config.shard_batch} images "
-            f"of {manifest.image.bytes} bytes need at least {BLOCKS_AHEAD * logical_shards * step_bytes}"
+            f"read_ahead_bytes is {config.read_ahead_bytes}; {logical_shards} logical shards of {config.shard_batch} "
+            f"images of {manifest.image.bytes} bytes need at least {BLOCKS_AHEAD * logical_shards * step_bytes}"
         )
     return max(1, min(fit, BLOCK_BYTES // step_bytes, BLOCK_IMAGES // config.shard_batch))
 

@@ -111,9 +111,13 @@ def _expected_softmax(pixels: PixelGrid, s: float) -> Tensor:
     """float64 (levels,): E[-log p(u | x_u + s eps)] by the trapezoid rule, the integrand being smooth and vanishing."""
     eps = torch.linspace(-9, 9, 361, dtype=torch.float64)
     weight = torch.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) * (eps[1] - eps[0])
-    index = torch.arange(pixels.levels)
-    y = pixels.first + pixels.bin * index[:, None].double() + s * eps
-    return -(softmax_level(y, s, index[:, None].expand_as(y), pixels)[0] * weight).sum(1)
+    values: list[Tensor] = []
+    for start in range(0, pixels.levels, 32):  # a bounded part at a time
+        index = torch.arange(start, min(start + 32, pixels.levels))
+        y = pixels.first + pixels.bin * index[:, None].double() + s * eps
+        log_p, _ = softmax_level(y, s, index[:, None].expand_as(y), pixels)
+        values.append(-(log_p * weight).sum(1))
+    return torch.cat(values)
 
 
 def expected_softmax(s: float, index: Tensor, pixels: PixelGrid) -> Tensor:

@@ -138,6 +138,8 @@ def ode(
     check_input(x, noise, probes=probes, samples=samples, max_evaluations=max_evaluations)
     if not 0 < tolerance < 1:
         raise ValueError(f"likelihood ode: tolerance must be between 0 and 1, got {tolerance:g}")
+    if not 0 < data_std < math.inf:
+        raise ValueError(f"likelihood ode: data_std must be positive, got {data_std:g}")
     lift = choose(DEQUANTISATIONS, dequantisation, "dequantisation")
     decode = choose(DECODERS, decoder, "decoder")
     index, x, n, dimensions = pixels.index(x), x.double(), len(x), x[0].numel()

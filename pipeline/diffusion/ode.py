@@ -56,7 +56,6 @@ BOGACKI_SHAMPINE = Pair(
     order=3,
 )
 
-FLAT = 0.1
 PAIRS: dict[str, Pair] = {"dopri5": DORMAND_PRINCE, "bosh3": BOGACKI_SHAMPINE}
 
 
@@ -269,11 +268,9 @@ def _attempt(path: _Path, pair: Pair, state: _State) -> Generator[Query, Answer,
     error_w = shaped(h, w) * _weighted(pair.error, [slope.w for slope in slopes])
     error_integral = h * _weighted(pair.error, [slope.trace for slope in slopes])
     ratio = path.norm(tau) / torch.exp(tau)
-    # log p(y) moves by score . error of y = -eps_hat . error / s
-    eps_hat = shaped(ratio, w) * slopes[-1].w + w / shaped(ratio, w)
-    moved = -ratio * row_sum(eps_hat * error_w)
-    steepness = torch.sqrt(row_sum(eps_hat**2) / w[0].numel()).clamp(min=FLAT)
-    rms = torch.sqrt(row_sum(error_w**2) / w[0].numel()) * ratio * steepness
+    rms = torch.sqrt(row_sum(error_w**2) / w[0].numel()) * ratio
+    # log p(y) moves by score . error; the score is -(w + ratio^2 dw/dtau) / norm, the error of y is norm error_w
+    moved = -row_sum(w * error_w) - ratio**2 * row_sum(slopes[-1].w * error_w)
     after = _State(
         row=state.row,
         tau=tau,

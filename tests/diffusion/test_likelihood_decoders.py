@@ -44,7 +44,7 @@ def test_softmax_is_a_distribution(s: float) -> None:
     torch.testing.assert_close(mean[:, 0], direct.exp() @ values, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("s", [1e-4, 1.3e-3, 4e-3, 0.1, 1.0])
+@pytest.mark.parametrize("s", [1e-4, 1.3e-3, 4e-3, 0.1])
 def test_expected_softmax_is_the_mean(s: float) -> None:
     index = torch.tensor([[0, 255, 17], [128, 3, 254]])
     eps = torch.linspace(-10, 10, 2001, dtype=torch.float64)

@@ -266,6 +266,7 @@ def test_equal_to_torchdiffeq_with_no_more_evaluations() -> None:
     [
         ({"probes": 0}, "probes must be at least 1, got 0"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"data_std": 0.0}, "data_std must be positive"),
         ({"tolerance": 0.0}, "tolerance must be between 0 and 1"),
         ({"trace": "hutchinson"}, "trace must be one of refreshed, fixed, exact"),
         ({"dequantisation": "none"}, "choose one of: gaussian, uniform"),

@@ -104,7 +104,7 @@ def submit(cluster: dict[str, str], verb: str, *arguments: str) -> "subprocess.C
     return subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-def test_shard_train_evaluate_register_serve_as_submitted_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_shard_train_evaluate_and_serve_as_submitted_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
     write_digits(tmp_path / "images")
     overrides = small(tmp_path)
 
@@ -121,12 +121,9 @@ def test_shard_train_evaluate_register_serve_as_submitted_jobs(cluster: dict[str
 
     done = submit(cluster, "evaluate", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = submit(cluster, "register", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "models:/digits/1, alias champion" in done.stdout
 
     [port] = free_ports(1)
-    done = submit(cluster, "serve", *overrides, f"serving.port={port}")
+    done = submit(cluster, "serve", *overrides, f"serving.port={port}", f"serving.model={tmp_path}/run/model")
     assert done.returncode == 0, done.stdout + done.stderr
     made = httpx.post(f"http://127.0.0.1:{port}/v1/images/generations", json={"n": 2, "labels": 3}, timeout=60)
     assert made.status_code == 200, made.text

@@ -30,6 +30,7 @@ def store() -> Iterator[dict[str, str]]:
         server.stop()
 
 
+@pytest.mark.slow
 def test_shard_train_evaluate_register_from_a_bucket(store: dict[str, str], tmp_path: Path) -> None:
     write_digits(tmp_path / "images")
     s3 = boto3.client(

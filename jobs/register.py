@@ -29,7 +29,7 @@ def run(config: RunConfig, found: Evaluation | None, alias: str = "champion") ->
             missed = "; ".join(f"{row.name} is {row.value}, {row.detail}" for row in table if row.ok is False)
             raise ValueError(f"{config.registered_model} is not registered: {missed}")
         card |= found.card()
-        metrics = found.metrics()
+        metrics = {f"evaluation/{name}": value for name, value in found.metrics().items()}
     url = storage.join(config.output, "registered")
     models.save(url, config.model, model.denoiser.state_dict(), card)
     tags = {"data": card["data"]["digest"], "code": card["version"], "run": config.name}

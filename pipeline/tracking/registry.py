@@ -56,10 +56,11 @@ def register(
         ValueError: the directory is damaged, or MLflow refuses; says why.
     """
     model = models.load(url)
+    images_seen = int(model.card.get("images_seen", 0))
     client = _client(tracking_uri)
     try:
         version = _known(client, name, model.digest) or _create(
-            client, url, name, model.digest, experiment, run_id, dict(tags or {}), dict(metrics or {})
+            client, url, name, model.digest, experiment, run_id, dict(tags or {}), dict(metrics or {}), images_seen
         )
         client.set_registered_model_alias(name, alias, str(version.version))
     except MlflowException as error:
@@ -134,6 +135,7 @@ def _create(
     run_id: str,
     tags: dict[str, str],
     metrics: dict[str, float],
+    images_seen: int,
 ) -> Version:
     found = client.get_experiment_by_name(experiment)
     if found is None:
@@ -149,7 +151,7 @@ def _create(
     client.finalize_logged_model(logged.model_id, "READY")
     if run_id:
         for key, value in metrics.items():
-            client.log_metric(run_id, key, value, model_id=logged.model_id)
+            client.log_metric(run_id, key, value, step=images_seen, model_id=logged.model_id)
     _create_name(client, name)
     made = client.create_model_version(
         name,

@@ -9,7 +9,6 @@ import argparse
 import base64
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from pipeline.evaluation.charts import Curve
 from pipeline.evaluation.features import Labelled
 from pipeline.evaluation.measure import Evaluation, rows
 from pipeline.evaluation.report import Link, Report, Stage, write
+from pipeline.serving.ports import free_port, is_free
 from pipeline.tracking.registry import Version
 
 RUN_FILE = "jobs/configs/digits.yaml"
@@ -82,7 +82,8 @@ class Stages:
 
 def start_serving(config: RunConfig, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     """`python -m jobs.serve` in a process group of its own; the process and the URL, once the endpoint is ready."""
-    port = config.serving.port if _is_free(config.serving.port) else _free_port()
+    host, wanted = config.serving.host, config.serving.port
+    port = wanted if wanted and is_free(host, wanted) else free_port(host)
     config = replace(config, serving=replace(config.serving, port=port))
     run_file, log = folder / "serve.yaml", folder / "serve.log"
     run_file.write_text(to_yaml(config))
@@ -147,17 +148,6 @@ def _answer(response: httpx.Response) -> Mapping[str, Any]:
     if response.status_code != 200:
         raise ValueError(f"{response.request.url} answered {response.status_code}: {response.text[:300]}")
     return response.json()
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # --- the report
@@ -234,7 +224,6 @@ def run(config: RunConfig, folder: Path, keep: bool) -> None:
     prepare_environment()
     started = time.monotonic()
     stages = Stages()
-    peak = 0
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
         with session(config.cluster.address):

@@ -15,8 +15,8 @@ from typing import Any
 import ray
 import safetensors.torch
 import torch
-from ray.exceptions import RayTaskError
 
+from pipeline.cluster.session import result
 from pipeline.evaluation.work import Result, Work, Worker
 from pipeline.model import Model, build, config_from
 
@@ -43,19 +43,12 @@ def ray_worker(model: Model, cpus: float = 1.0, gpus: float = 0.0) -> Worker:
                 if not under_way:
                     return
                 ready, _ = ray.wait(list(under_way), num_returns=1)
-                yield under_way.pop(ready[0]), _result(ready[0])
+                yield under_way.pop(ready[0]), result(ready[0])
         finally:
             for reference in under_way:
                 ray.cancel(reference)
 
     return run
-
-
-def _result(reference: Any) -> Result:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from None
 
 
 def _pack(model: Model) -> Packed:

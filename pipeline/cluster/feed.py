@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipeline.cluster.session import result
 from pipeline.data.blocks import Block, BlockRequest, read_block
 from pipeline.data.manifest import Manifest
 from pipeline.data.stream import Stream, StreamConfig
@@ -46,10 +46,7 @@ class RayReaders:
         return self.task.remote(request)
 
     def result(self, handle: Any) -> Block:
-        try:
-            return ray.get(handle)
-        except RayTaskError as error:
-            raise error.cause from None
+        return result(handle)
 
     def close(self, handles: Sequence[Any]) -> None:
         for handle in handles:

@@ -6,7 +6,6 @@ with the same seed, so it comes to the same bytes.
 
 import logging
 import os
-import socket
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -22,6 +21,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from pipeline.cluster.http import make_app
 from pipeline.data import storage
 from pipeline.model import Model, load
+from pipeline.serving.ports import free_port, is_free
 from pipeline.serving.requests import Refused, ServingConfig
 from pipeline.serving.service import Identity, Service, refused
 
@@ -229,8 +229,8 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
         raise ValueError("deploy needs a Ray session: call it within pipeline.cluster.session.session()")
     _check_model(config, tracking_uri)
     running = APPLICATION in serve.status().applications if _serve_runs() else False
-    port = config.port if config.port else _free_port(config.host)
-    if not running and not _is_free(config.host, port):
+    port = config.port if config.port else free_port(config.host)
+    if not running and not is_free(config.host, port):
         raise ValueError(f"serving.port {port} on {config.host} is taken: choose another, or 0 for any")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what is going on, the caller says
     quiet = {"log_level": "WARNING", "enable_access_log": False}
@@ -312,22 +312,6 @@ def _cause(error: RuntimeError) -> str:
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("ValueError:", "FileNotFoundError:", "OSError:"))]
     return (told or lines or [str(error)])[-1]
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def _wait_until_ready(url: str) -> None:

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -68,3 +69,14 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
         yield
     finally:
         ray.shutdown()
+
+
+def result(reference: Any) -> Any:
+    """What a task returned; raises what it raised, without Ray's wrapping."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 
+from pipeline.cluster.session import result
 from pipeline.data import shards
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardConfig, SliceDone
@@ -103,10 +103,7 @@ def _run(submitted: Iterator[Any]) -> Iterator[Any]:
                     waiting.append(ref)
             if waiting:
                 ready, waiting = ray.wait(waiting, num_returns=1)
-                try:
-                    yield ray.get(ready[0])
-                except RayTaskError as error:
-                    raise error.cause from None
+                yield result(ready[0])
     finally:
         for ref in waiting:
             ray.cancel(ref)

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -55,7 +55,7 @@ class Backend(Protocol):
 
     async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]: ...
 
-    def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncIterator[dict[str, Any]]: ...
+    def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]: ...
 
     async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]: ...
 
@@ -253,7 +253,7 @@ def _add_generation(app: FastAPI, backend: Backend, config: ServingConfig) -> No
                 return _answer(await backend.generate(fields, seed), request)
             events = backend.stream(fields, seed)
             first = await anext(events)  # what is refused at once is refused with its own status
-        return StreamingResponse(_sent_events(first, events, request), media_type="text/event-stream")
+        return EventStream(_sent_events(first, events, request))
 
 
 def _add_likelihood(app: FastAPI, backend: Backend, config: ServingConfig) -> None:
@@ -287,9 +287,21 @@ def _answer(body: dict[str, Any], request: Request) -> Response:
     return JSONResponse({**body, "trace_id": request.state.trace_id})
 
 
+class EventStream(StreamingResponse):
+    """Closes what it streams when it ends, however it ends: a client may leave while an event is being sent."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self.events):
+            await super().__call__(scope, receive, send)
+
+
 async def _sent_events(
-    first: dict[str, Any], rest: AsyncIterator[dict[str, Any]], request: Request
-) -> AsyncIterator[str]:
+    first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None], request: Request
+) -> AsyncGenerator[str, None]:
     trace = request.state.trace_id
     try:
         yield _sent_event(first, trace)
@@ -301,8 +313,7 @@ async def _sent_events(
             log.exception("trace %s: a stream failed", trace)
         yield _sent_event({"type": "error", **no.body()}, trace)
     finally:
-        if (close := getattr(rest, "aclose", None)) is not None:
-            await close()
+        await rest.aclose()
 
 
 def _sent_event(event: dict[str, Any], trace: str) -> str:

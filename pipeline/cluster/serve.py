@@ -4,11 +4,13 @@ A replica is ready once its model is verified, warmed up and self-tested. A requ
 with the same seed, so it comes to the same bytes.
 """
 
+import asyncio
 import logging
 import os
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -55,12 +57,13 @@ class Replica:
     async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any] | Refused:
         return await _told(lambda: self.service.likelihood(fields, encoded, seed))
 
-    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncIterator[dict[str, Any] | Refused]:
-        try:
-            async for event in self.service.stream(fields, seed):
-                yield event
-        except Exception as error:
-            yield _logged(error)
+    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any] | Refused, None]:
+        async with aclosing(self.service.stream(fields, seed)) as events:  # a cancellation may arrive at our own yield
+            try:
+                async for event in events:
+                    yield event
+            except Exception as error:
+                yield _logged(error)
 
     async def status(self) -> dict[str, Any]:
         """The process, the model and the engine's load."""
@@ -128,13 +131,14 @@ class Replicas:
     async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]:
         return await self._ask("likelihood", fields, encoded, seed)
 
-    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]:
         """Events in order; where a replica dies, those already sent are made again and left out."""
         sent = 0
         for attempt in range(ATTEMPTS):
+            passed = 0
+            events = self.handle.options(stream=True).stream.remote(fields, seed)
             try:
-                passed = 0
-                async for event in self.handle.options(stream=True).stream.remote(fields, seed):
+                async for event in events:
                     if isinstance(event, Refused):
                         raise event
                     passed += 1
@@ -146,11 +150,17 @@ class Replicas:
                 _check_attempt(attempt, error)
             except BackPressureError as error:
                 raise _overloaded(error) from error
+            finally:
+                events.cancel()  # of no effect on one that has ended
 
     async def _ask(self, method: str, *arguments: Any) -> dict[str, Any]:
         for attempt in range(ATTEMPTS):
+            asked = getattr(self.handle, method).remote(*arguments)
             try:
-                answer = await getattr(self.handle, method).remote(*arguments)
+                answer = await asked
+            except asyncio.CancelledError:
+                asked.cancel()
+                raise
             except (RayActorError, ReplicaUnavailableError) as error:
                 _check_attempt(attempt, error)
             except BackPressureError as error:

@@ -8,7 +8,7 @@ import base64
 import bisect
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pipeline.data import images
+from pipeline.diffusion.grids import GRIDS
 from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.samplers import SAMPLERS
-from pipeline.diffusion.schedule import GRIDS
 from pipeline.model import Model, Sampling
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.engine import (
@@ -164,7 +164,7 @@ class Service:
         outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
         return await asyncio.to_thread(self._generated, plan, outcome)
 
-    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]:
         """The same as events: previews of x_hat as they come, then the whole answer. Closing it cancels the request."""
         request = self._for_us(parse_body(GenerationRequest, fields))
         plan = plan_generation(request, self.model, self.config, seed)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,42 @@ def test_a_stream_shows_previews_and_ends_with_the_same_images(ask: Callable[...
     assert [event["partial_image_index"] for event in events[:-1]] == [0, 1, 2]
     assert events[-1]["data"] == whole["data"]
     assert np.array_equal(pixels_of(events[2]), pixels_of(whole))  # DDIM ends on the guided x_hat
+
+
+@pytest.mark.parametrize("sent", [0, 2])
+def test_a_client_that_leaves_while_an_event_is_being_sent_ends_its_work(service: Service, sent: int) -> None:
+    fields = {"n": 16, "sampler": "heun", "steps": 64, "stream": True, "partial_images": 64}
+    before = service.engine.load()
+    assert before.live == 0
+
+    async def run() -> None:
+        stuck = asyncio.Event()
+        body = [{"type": "http.request", "body": json.dumps(fields).encode()}]
+        bodies = 0
+
+        async def receive() -> dict[str, Any]:
+            if body:
+                return body.pop()
+            await stuck.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            nonlocal bodies
+            bodies += message["type"] == "http.response.body"
+            if bodies > sent:
+                stuck.set()
+                await asyncio.Event().wait()  # the network takes no more
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": GENERATE, "headers": headers, "query_string": b""}
+        await make_app(service, service.config)(scope, receive, send)  # pyright: ignore[reportArgumentType]
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    end = time.monotonic() + 10
+    while service.engine.load().live:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert service.engine.load().cancelled == before.cancelled + 1
 
 
 def test_likelihood_is_that_of_the_model_in_a_notebook(

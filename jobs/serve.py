@@ -7,18 +7,10 @@ it. Without one it runs here until Ctrl-C. The page is at /, the API's documenta
 import os
 import signal
 import threading
-from dataclasses import replace
 
 from jobs import cli
 from pipeline.cluster.session import prepare_environment, session
-from pipeline.config import RunConfig, load_config
-
-
-def with_champion(config: RunConfig) -> RunConfig:
-    """The same run, its endpoint serving the champion where no model is named."""
-    if config.serving.model is not None:
-        return config
-    return replace(config, serving=replace(config.serving, model=f"models:/{config.registered_model}@champion"))
+from pipeline.config import RunConfig, load_config, with_champion
 
 
 def run(config: RunConfig) -> str:

@@ -24,10 +24,11 @@ def load(url: str, *, device: str = "cpu", tracking_uri: str | None = None) -> "
     Raises:
         ValueError: no such version, or files that do not match their digests.
     """
-    if url.startswith("models:/"):
-        from pipeline.tracking.registry import fetch
-
-        url = fetch(url, tracking_uri=tracking_uri)
     from pipeline.model import load as load_directory
 
-    return load_directory(url, device)
+    if not url.startswith("models:/"):
+        return load_directory(url, device)
+    from pipeline.tracking.registry import files
+
+    with files(url, tracking_uri=tracking_uri) as folder:
+        return load_directory(folder, device)

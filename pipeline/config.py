@@ -8,7 +8,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -179,6 +179,13 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             if "name" not in after or after["name"] == before.get("name"):
                 merged[key] = _merge(before, after)
     return merged
+
+
+def with_champion(config: RunConfig) -> RunConfig:
+    """The same run, its endpoint serving the champion where no model is named."""
+    if config.serving.model is not None:
+        return config
+    return replace(config, serving=replace(config.serving, model=f"models:/{config.registered_model}@champion"))
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import secrets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any, Protocol
@@ -16,8 +17,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pipeline.serving.quotas import Quotas
 from pipeline.serving.requests import (
     LARGEST_SEED,
+    EncodingRequest,
     GenerationRequest,
     LikelihoodOptions,
     LikelihoodRequest,
@@ -41,6 +44,7 @@ PAGE = {  # route: file of the page folder, its media type
     "/docs": ("docs.html", "text/html"),
     "/docs.js": ("docs.js", "text/javascript"),
 }
+LINEAGE = ("model", "model_version", "model_digest", "seed", "evaluations", "row_evaluations", "queued_s", "run_s")
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -51,7 +55,11 @@ PAGE_HEADERS = {
 class Backend(Protocol):
     """What answers: a `Service` in this process, or replicas elsewhere."""
 
-    async def describe(self) -> dict[str, Any]: ...
+    async def models(self) -> list[dict[str, Any]]: ...
+
+    async def describe(self, model: str | None = None) -> dict[str, Any]: ...
+
+    async def price(self, method: str, *arguments: Any) -> int: ...
 
     async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]: ...
 
@@ -59,18 +67,49 @@ class Backend(Protocol):
 
     async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]: ...
 
+    async def encode(self, fields: Mapping[str, Any]) -> dict[str, Any]: ...
 
-def make_app(backend: Backend, config: ServingConfig) -> FastAPI:
+
+class Metrics(Protocol):
+    """Who counts: see `pipeline.cluster.monitoring.IngressMetrics`."""
+
+    def answered(self, route: str, status: int, seconds: float) -> None: ...
+
+    def ran(self, answer: Mapping[str, Any]) -> None: ...
+
+
+class Door:
+    """What every route of the API goes through: the quota before its backend is asked, the counts after."""
+
+    def __init__(self, backend: Backend, config: ServingConfig, metrics: Metrics | None) -> None:
+        self.backend, self.config, self.metrics = backend, config, metrics
+        self.quotas = Quotas(config.key_quota / config.ingress_replicas)
+
+    async def charge(self, request: Request, method: str, *arguments: Any) -> None:
+        """Raises Refused where the key's quota is spent."""
+        if self.config.key_quota:
+            self.quotas.charge(request.state.key, await self.backend.price(method, *arguments))
+
+    def ran(self, request: Request, answer: Mapping[str, Any]) -> None:
+        """An answer is complete: its stages are counted, its lineage goes into the line of the log."""
+        if self.metrics is not None:
+            self.metrics.ran(answer)
+        request.state.lineage = {name: answer[name] for name in LINEAGE if name in answer}
+
+
+def make_app(backend: Backend, config: ServingConfig, metrics: Metrics | None = None) -> FastAPI:
     """The application. Its errors, whatever their cause, have the one schema of `Refused`."""
     app = FastAPI(title="raydiffusion", version="1", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, config=config)
+    app.add_middleware(Guard, config=config, metrics=metrics)
+    door = Door(backend, config, metrics)
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(HTTPException, _on_http)
     _add_page(app)
     _add_health(app, backend)
     _add_models(app, backend)
-    _add_generation(app, backend, config)
-    _add_likelihood(app, backend, config)
+    _add_generation(app, door)
+    _add_likelihood(app, door)
+    _add_encoding(app, door)
     return app
 
 
@@ -78,10 +117,10 @@ def make_app(backend: Backend, config: ServingConfig) -> FastAPI:
 
 
 class Guard:
-    """Trace id, keys, and requests from other sites' pages; the body is not touched."""
+    """Trace id, keys, and requests from other sites' pages; a line in the log. The body is not touched."""
 
-    def __init__(self, app: ASGIApp, config: ServingConfig) -> None:
-        self.app, self.config = app, config
+    def __init__(self, app: ASGIApp, config: ServingConfig, metrics: Metrics | None) -> None:
+        self.app, self.config, self.metrics = app, config, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,34 +129,52 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         trace = given if TRACE_ID.match(given) else secrets.token_hex(16)
-        scope.setdefault("state", {})["trace_id"] = trace
+        state = scope.setdefault("state", {})
+        state.update(trace_id=trace, key="", lineage={})
+        started, status = time.perf_counter(), 499  # what it stays where the client leaves before the answer
 
         async def send_traced(message: Any) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", trace.encode())]
             await send(message)
 
-        if (no := self._refusal(scope["path"], headers)) is None:
-            await self.app(scope, receive, send_traced)
-        else:
-            await _response(no, trace)(scope, receive, send_traced)
+        try:
+            if (no := self._refusal(scope["path"], headers, state)) is None:
+                await self.app(scope, receive, send_traced)
+            else:
+                await _response(no, trace)(scope, receive, send_traced)
+        finally:
+            self._note(scope, status, time.perf_counter() - started)
 
-    def _refusal(self, path: str, headers: Mapping[str, str]) -> Refused | None:
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        if self.metrics is not None:
+            self.metrics.answered(route, status, seconds)
+        state = scope["state"]
+        fields = {"trace_id": state["trace_id"], "route": route, "status": status, "seconds": round(seconds, 6)}
+        log.info("request", extra={"fields": {"method": scope["method"], **fields, **state["lineage"]}})
+
+    def _refusal(self, path: str, headers: Mapping[str, str], state: dict[str, Any]) -> Refused | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         name = host.rsplit(":", 1)[0] if re.search(r":\d+$", host) else host
         if not self.config.key_hashes and name not in LOOPBACK_HOSTS:  # a page that rebinds its name to this machine
             return Refused(f"host '{name[:64]}' is not served", 403, "forbidden")
         if origin is not None and origin.partition("://")[2] != host:
             return Refused("requests from other sites' pages are refused", 403, "forbidden")
-        if path.startswith("/v1/") and self.config.key_hashes and not self._has_key(headers.get("authorization", "")):
-            return Refused("a valid key is needed: Authorization: Bearer KEY", 401, "invalid_api_key")
+        if path.startswith("/v1/") and self.config.key_hashes:
+            state["key"] = self._key(headers.get("authorization", ""))
+            if not state["key"]:
+                return Refused("a valid key is needed: Authorization: Bearer KEY", 401, "invalid_api_key")
         return None
 
-    def _has_key(self, authorization: str) -> bool:
+    def _key(self, authorization: str) -> str:
+        """The hash of the key that was sent, or '' where it is none of ours."""
         scheme, _, key = authorization.partition(" ")
         digest = hashlib.sha256(key.strip().encode()).hexdigest()
         matches = [hmac.compare_digest(digest, known) for known in self.config.key_hashes]  # all, in constant time
-        return scheme.lower() == "bearer" and any(matches)
+        return digest if scheme.lower() == "bearer" and any(matches) else ""
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -223,40 +280,52 @@ def _add_models(app: FastAPI, backend: Backend) -> None:
     @app.get("/v1/models", summary="The served models", responses=_ERRORS)
     async def models(request: Request) -> dict[str, Any]:
         with _refusing(request):
-            facts = await backend.describe()
-        return {"object": "list", "data": [{name: facts[name] for name in listed}]}
+            found = await backend.models()
+        return {"object": "list", "data": [{name: each[name] for name in listed} for each in found]}
 
     @app.get("/v1/models/{model_id:path}", summary="A model: its card, samplers, estimators, limits", responses=_ERRORS)
     async def model(request: Request, model_id: str) -> dict[str, Any]:
         with _refusing(request):
-            facts = await backend.describe()
-            if model_id not in (facts["id"], *facts["aliases"]):
-                message = f"no model '{model_id[:100]}' is served here; it is '{facts['id']}'"
-                raise RequestError(message, "model", status=404, code="model_not_found")
-            return facts
+            return await backend.describe(model_id)
 
 
-def _add_generation(app: FastAPI, backend: Backend, config: ServingConfig) -> None:
+def _add_generation(app: FastAPI, door: Door) -> None:
     @app.post(
         "/v1/images/generations",
         summary="Make images",
+        description="With `stream`, an event's id is its evaluation: asked again with the same seed and that id in "
+        "Last-Event-ID, a broken stream goes on after it.",
         responses=_ERRORS,
         openapi_extra=_request_body({"application/json": GenerationRequest.model_json_schema()}),
     )
     async def generations(request: Request) -> Response:
         with _refusing(request):
             _needs(request, "application/json")
-            asked = parse_body(GenerationRequest, _json(await _body(request, config.max_request_bytes)))
+            asked = parse_body(GenerationRequest, _json(await _body(request, door.config.max_request_bytes)))
             fields = asked.model_dump(exclude_defaults=True)
+            after = _last_event(request, asked)
             seed = secrets.randbelow(LARGEST_SEED + 1) if asked.seed is None else asked.seed
+            await door.charge(request, "generate", fields, seed)
             if not asked.stream:
-                return _answer(await backend.generate(fields, seed), request)
-            events = backend.stream(fields, seed)
+                return _answer(await door.backend.generate(fields, seed), request, door)
+            events = _after(door.backend.stream(fields, seed), after)
             first = await anext(events)  # what is refused at once is refused with its own status
-        return EventStream(_sent_events(first, events, request))
+        return EventStream(_sent_events(first, events, request, door))
 
 
-def _add_likelihood(app: FastAPI, backend: Backend, config: ServingConfig) -> None:
+def _last_event(request: Request, asked: GenerationRequest) -> int:
+    """The evaluation of the last event that the client has, 0 where it has none."""
+    given = request.headers.get("last-event-id", "")
+    if not given:
+        return 0
+    if not (given.isascii() and given.isdigit() and len(given) <= 9):
+        raise RequestError("Last-Event-ID must be the id of an event: a whole number", "Last-Event-ID")
+    if not asked.stream or asked.seed is None:
+        raise RequestError("Last-Event-ID goes with a stream and the seed of the first answer", "Last-Event-ID")
+    return int(given)
+
+
+def _add_likelihood(app: FastAPI, door: Door) -> None:
     form = LikelihoodOptions.model_json_schema()
     form["properties"]["images"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
     bodies = {"application/json": LikelihoodRequest.model_json_schema(), "multipart/form-data": form}
@@ -270,7 +339,7 @@ def _add_likelihood(app: FastAPI, backend: Backend, config: ServingConfig) -> No
     async def likelihood(request: Request) -> Response:
         with _refusing(request):
             _needs(request, "application/json", "multipart/form-data")
-            body = await _body(request, config.max_request_bytes)
+            body = await _body(request, door.config.max_request_bytes)
             if _media_type(request) == "application/json":
                 asked = parse_body(LikelihoodRequest, _json(body))
                 encoded = decode_base64(asked.images)
@@ -280,10 +349,28 @@ def _add_likelihood(app: FastAPI, backend: Backend, config: ServingConfig) -> No
                 if not encoded:
                     raise RequestError("no file was sent as 'images'", "images", code="missing_parameter")
             fields = asked.model_dump(exclude_defaults=True, exclude={"images"})
-            return _answer(await backend.likelihood(fields, encoded, asked.seed or 0), request)
+            await door.charge(request, "likelihood", fields, encoded, asked.seed or 0)
+            return _answer(await door.backend.likelihood(fields, encoded, asked.seed or 0), request, door)
 
 
-def _answer(body: dict[str, Any], request: Request) -> Response:
+def _add_encoding(app: FastAPI, door: Door) -> None:
+    @app.post(
+        "/v1/encodings",
+        summary="Images to latents along the probability flow, and back",
+        responses=_ERRORS,
+        openapi_extra=_request_body({"application/json": EncodingRequest.model_json_schema()}),
+    )
+    async def encodings(request: Request) -> Response:
+        with _refusing(request):
+            _needs(request, "application/json")
+            asked = parse_body(EncodingRequest, _json(await _body(request, door.config.max_request_bytes)))
+            fields = asked.model_dump(exclude_defaults=True)
+            await door.charge(request, "encode", fields)
+            return _answer(await door.backend.encode(fields), request, door)
+
+
+def _answer(body: dict[str, Any], request: Request, door: Door) -> Response:
+    door.ran(request, body)
     return JSONResponse({**body, "trace_id": request.state.trace_id})
 
 
@@ -299,14 +386,25 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+async def _after(events: AsyncGenerator[dict[str, Any], None], evaluation: int) -> AsyncGenerator[dict[str, Any], None]:
+    """Events but for the previews that a client has already: those up to this evaluation."""
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if event.get("evaluations", 0) > evaluation or not event["type"].endswith("partial_image"):
+                yield event
+
+
 async def _sent_events(
-    first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None], request: Request
+    first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None], request: Request, door: Door
 ) -> AsyncGenerator[str, None]:
     trace = request.state.trace_id
     try:
         yield _sent_event(first, trace)
+        last = first
         async for event in rest:
             yield _sent_event(event, trace)
+            last = event
+        door.ran(request, last)
     except Exception as error:  # the status line has gone out long ago: the error is an event
         no = refused(error)
         if no.status >= 500:
@@ -317,7 +415,8 @@ async def _sent_events(
 
 
 def _sent_event(event: dict[str, Any], trace: str) -> str:
-    return f"event: {event['type']}\ndata: {json.dumps({**event, 'trace_id': trace})}\n\n"
+    number = f"id: {event['evaluations']}\n" if "evaluations" in event else ""
+    return f"{number}event: {event['type']}\ndata: {json.dumps({**event, 'trace_id': trace})}\n\n"
 
 
 # --- the OpenAPI document --------------------------------------------------------------------------------------------

@@ -16,15 +16,25 @@ class ServingConfig:
     model: Annotated[
         str | None, "models:/NAME@alias, models:/NAME/VERSION or a model directory; null: the champion"
     ] = None
+    more_models: Annotated[
+        tuple[str, ...], "further models, named alike; a replica loads one when a request asks for it"
+    ] = ()
+    watch_s: Annotated[float, "seconds between looks at the registry: an alias that moved is followed"] = 10.0
+    max_model_bytes: Annotated[int, "weights a replica holds; the model unused for longest goes first"] = 8 << 30
     host: Annotated[str, "address to listen on; other than loopback only with key_hashes"] = "127.0.0.1"
     port: Annotated[int, "TCP port; 0 for any free one"] = 8000
     key_hashes: Annotated[tuple[str, ...], "sha256 (hex) of each accepted bearer key; empty: no key is asked"] = ()
-    min_replicas: Annotated[int, "engine replicas kept"] = 1
+    key_quota: Annotated[int, "cost units (images x evaluations x pixels) a minute for each key; 0: no limit"] = 0
+    min_replicas: Annotated[int, "engine replicas kept; 0: none without requests, the first then waits for one"] = 1
     max_replicas: Annotated[int, "engine replicas at most"] = 2
-    requests_per_replica: Annotated[float, "ongoing requests a replica should have; more start above it"] = 16.0
+    work_per_replica_s: Annotated[
+        float, "seconds of network evaluations that may be owed by a replica; more start above it"
+    ] = 5.0
+    upscale_delay_s: Annotated[float, "seconds of high load before replicas are added"] = 5.0
     downscale_delay_s: Annotated[float, "seconds of low load before a replica is stopped"] = 300.0
     cpus_per_replica: Annotated[float, "CPU cores an engine replica asks for; also its torch threads"] = 1.0
     gpus_per_replica: Annotated[float, "GPUs an engine replica asks for"] = 0.0
+    ingress_replicas: Annotated[int, "HTTP ingresses; with two or more, one may die and requests go on"] = 1
     cpus_ingress: Annotated[float, "CPU cores the HTTP ingress asks for, a fraction where engines use all cores"] = 0.1
     chunk: Annotated[int, "rows of every network call; a request's bytes are promised for one value of it"] = 8
     max_live_images: Annotated[int, "images in progress at once in a replica"] = 256
@@ -48,23 +58,26 @@ class ServingConfig:
             "max_steps",
             "max_request_cost",
             "max_queued_cost",
+            "max_model_bytes",
+            "ingress_replicas",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"serving.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_request_bytes", "max_image_pixels", "max_queued_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"serving.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("requests_per_replica", "cpus_per_replica", "deadline_s"):
+        for name in ("work_per_replica_s", "cpus_per_replica", "deadline_s", "watch_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"serving.{name} must be positive, got {getattr(self, name)}")
-        for name in ("gpus_per_replica", "cpus_ingress", "downscale_delay_s"):
+        for name in ("gpus_per_replica", "key_quota", "cpus_ingress", "upscale_delay_s", "downscale_delay_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"serving.{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"serving.port must be 0..65535, got {self.port}")
-        if not 1 <= self.min_replicas <= self.max_replicas:
+        if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
             raise ValueError(
-                f"serving: needs 1 <= min_replicas <= max_replicas, got {self.min_replicas} and {self.max_replicas}"
+                f"serving: needs 0 <= min_replicas <= max_replicas and a max_replicas of at least 1, got "
+                f"{self.min_replicas} and {self.max_replicas}"
             )
         choose(SAMPLERS, self.sampler, "serving.sampler")
         if any(len(key) != 64 or set(key) - set("0123456789abcdef") for key in self.key_hashes):

@@ -13,14 +13,22 @@ from torch import Tensor
 
 from pipeline.choose import choose
 from pipeline.data import images
+from pipeline.diffusion.encode import ENCODERS
+from pipeline.diffusion.grids import GRIDS
 from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.randomness import key_seed
-from pipeline.diffusion.samplers import SAMPLERS
-from pipeline.diffusion.schedule import GRIDS
+from pipeline.diffusion.samplers import SAMPLERS, Sampler
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.config import ServingConfig
-from pipeline.serving.requests import GenerationRequest, LikelihoodOptions, OptionValue, RequestError
+from pipeline.serving.requests import (
+    EncodingRequest,
+    GenerationRequest,
+    LikelihoodOptions,
+    OptionValue,
+    RequestError,
+    decode_base64,
+)
 
 ADAPTIVE_EVALUATIONS = 128  # a solve's network evaluations an image where nothing bounds them; 104 measured at 1e-3
 PLAIN = (bool, int, float, str, type(None))
@@ -39,11 +47,32 @@ class GenerationPlan:
     how: Sampling
     evaluations: int
     cost: int
+    init: Tensor | None = None  # uint8 (C, H, W)
+    strength: float = 1.0
 
     def build(self, model: Model) -> Procedure[Tensor]:
         """The images as `Model.sample` makes them from the same seed: float (n, C, H, W) in model space."""
         seeds = [key_seed("sample", self.seed, index) for index in range(self.n)]
-        return model.sampling(seeds, self.labels, self.how)
+        init = None if self.init is None else self.init.expand(self.n, *self.init.shape)
+        return model.sampling(seeds, self.labels, self.how, init=init, strength=self.strength)
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """What an encoding request comes to: `pixels`, uint8 (n, C, H, W), to latents, or `latents`, float32, back."""
+
+    pixels: Tensor | None
+    latents: Tensor | None
+    labels: tuple[int, ...] | None
+    how: Sampling
+    n: int
+    cost: int
+
+    def build(self, model: Model) -> Procedure[Tensor]:
+        """Latents, or images in model space, float (n, C, H, W)."""
+        if self.pixels is not None:
+            return model.encoding(self.pixels, self.labels, self.how)
+        return model.sampling((0,) * self.n, self.labels, self.how, latents=self.latents)
 
 
 @dataclass(frozen=True)
@@ -95,11 +124,63 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     guided = request.guidance != 1.0
     if guided and labels is None and model.guide is None:
         raise RequestError("guidance needs labels: without them there is nothing to guide towards", "guidance")
-    evaluations = int(sampler.evaluations(steps, **{k: v for k, v in options.items() if isinstance(v, int)}))
+    evaluations = _evaluations(sampler, steps, options)
+    init = None
+    if request.image is not None:
+        (data,) = decode_base64([request.image], "image")
+        evaluations = max(1, math.ceil(evaluations * request.strength))
+        init = _decoded(data, "image", "exact", model, config)
     cost = request.n * evaluations * (2 if guided else 1)
     _check_cost(cost, model, config, f"{request.n} images x {evaluations} network evaluations")
     how = Sampling(name, steps, request.grid, None, request.guidance, options)
-    return GenerationPlan(request.n, labels, seed, how, evaluations, cost)
+    return GenerationPlan(request.n, labels, seed, how, evaluations, cost, init, request.strength)
+
+
+def plan_encoding(request: EncodingRequest, model: Model, config: ServingConfig) -> EncodingPlan:
+    """As `plan_generation`.
+
+    Raises:
+        RequestError: as there; a sampler that has no way back; a latent of another size or that is not finite.
+    """
+    if (request.images is None) == (request.latents is None):
+        raise RequestError("give images or latents, one of them", "images", code="missing_parameter")
+    field = "images" if request.latents is None else "latents"
+    encoded = request.images or request.latents or []
+    n = len(encoded)
+    if n > config.max_images:
+        raise RequestError(f"at most {config.max_images} images a request, got {n}", field)
+    if request.steps > config.max_steps:
+        raise RequestError(f"at most {config.max_steps} steps, got {request.steps}", "steps")
+    _chosen(ENCODERS, request.sampler, "sampler")
+    if request.grid is not None:
+        _chosen(GRIDS, request.grid, "grid")
+    labels = _labels(request.labels, n, model)
+    evaluations = _evaluations(SAMPLERS[request.sampler], request.steps, {})
+    _check_cost(n * evaluations, model, config, f"{n} images x {evaluations} network evaluations")
+    how = Sampling(request.sampler, request.steps, request.grid)
+    decoded = decode_base64(encoded, field)
+    pixels = latents = None
+    if field == "images":
+        each = [_decoded(data, f"images[{i}]", request.resize, model, config) for i, data in enumerate(decoded)]
+        pixels = torch.stack(each)
+    else:
+        latents = torch.stack([_latent(data, index, model) for index, data in enumerate(decoded)])
+    return EncodingPlan(pixels, latents, labels, how, n, n * evaluations)
+
+
+def _latent(data: bytes, index: int, model: Model) -> Tensor:
+    expected = 4 * math.prod(model.config.shape)
+    if len(data) != expected:
+        raise RequestError(f"latents[{index}]: {len(data)} bytes, a latent of this model has {expected}", "latents")
+    latent = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(model.config.shape)
+    if not bool(torch.isfinite(latent).all()):
+        raise RequestError(f"latents[{index}] has values that are not finite", "latents")
+    return latent
+
+
+def _evaluations(sampler: Sampler, steps: int, options: Mapping[str, Any]) -> int:
+    """Expected network evaluations of a row."""
+    return int(sampler.evaluations(steps, **{k: v for k, v in options.items() if isinstance(v, int)}))
 
 
 def plan_likelihood(
@@ -121,16 +202,18 @@ def plan_likelihood(
         {k: default for k, (_, default) in known.items()} | options, math.prod(model.config.shape)
     )
     _check_cost(n * evaluations, model, config, f"{n} images x {evaluations} network evaluations")
-    pixels = torch.stack([_decoded(data, index, request.resize, model, config) for index, data in enumerate(encoded)])
+    pixels = torch.stack(
+        [_decoded(data, f"images[{i}]", request.resize, model, config) for i, data in enumerate(encoded)]
+    )
     return LikelihoodPlan(pixels, labels, seed, Scoring(request.estimator, options), n * evaluations)
 
 
-def _decoded(data: bytes, index: int, policy: str, model: Model, config: ServingConfig) -> Tensor:
+def _decoded(data: bytes, name: str, policy: str, model: Model, config: ServingConfig) -> Tensor:
     limits = images.Limits(bytes=config.max_request_bytes, pixels=config.max_image_pixels)
     try:
         pixels = images.fit(images.decode(data, model.config.channels, limits), model.config.size, policy)
     except ValueError as error:
-        raise RequestError(f"images[{index}]: {error}", "images") from None
+        raise RequestError(f"{name}: {error}", name.partition("[")[0]) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.serving.config import ServingConfig
 
 __all__ = [
+    "EncodingRequest",
     "GenerationRequest",
     "LikelihoodOptions",
     "LikelihoodRequest",
@@ -71,7 +72,7 @@ B = TypeVar("B", bound=_Body)
 class GenerationRequest(_Body):
     """`POST /v1/images/generations`: the OpenAI fields that mean something here, and ours."""
 
-    model: str | None = Field(None, max_length=256, description="id of a served model; default: the only one")
+    model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
     prompt: str | None = Field(None, max_length=256, description="a class by name or number, for all images")
     n: int = Field(1, ge=1, description="images to make")
     size: str | None = Field(None, max_length=16, description="'auto' or the model's own WIDTHxHEIGHT")
@@ -86,6 +87,8 @@ class GenerationRequest(_Body):
     steps: int | None = Field(None, ge=1, description="levels the sampler visits")
     grid: str | None = Field(None, max_length=64, description="grid of levels; default: the sampler's")
     guidance: float = Field(1.0, ge=0, le=100, description="guidance scale; 1: the model itself")
+    image: str | None = Field(None, description="base64 of a jpg, png or webp of the model's size to start from")
+    strength: float = Field(0.6, gt=0, le=1, description="with image: the share of the steps that is taken from it")
     seed: Seed | None = Field(None, description="the images depend on it alone; default: drawn and returned")
     eta: float | None = Field(None, ge=0, description="the sampler's option of this name")
     churn: float | None = Field(None, ge=0, description="the sampler's option of this name")
@@ -97,12 +100,27 @@ class GenerationRequest(_Body):
 class LikelihoodOptions(_Body):
     """`POST /v1/likelihood` but for the images: the fields of its multipart form, which has the images as files."""
 
-    model: str | None = Field(None, max_length=256, description="id of a served model; default: the only one")
+    model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
     labels: int | list[int] | None = Field(None, description="class of all images or of each; -1: no class")
     estimator: str = Field("vlb", max_length=64)
     seed: Seed | None = Field(None, description="the estimates depend on it alone; default: 0")
     resize: Literal["exact", "centre-crop", "squash"] = Field("exact", description="what to do with another size")
     options: dict[str, OptionValue] = Field(default_factory=dict, max_length=32, description="the estimator's options")
+
+
+class EncodingRequest(_Body):
+    """`POST /v1/encodings`: images to latents along the probability flow, or latents back to images."""
+
+    model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
+    images: list[str] | None = Field(None, min_length=1, description="base64 of each jpg, png or webp, or a data: URL")
+    latents: list[str] | None = Field(
+        None, min_length=1, description="base64 of each latent: float32 little-endian, channels x height x width"
+    )
+    labels: int | list[int] | None = Field(None, description="class of all images or of each; -1: no class")
+    sampler: str = Field("heun", max_length=64, description="a deterministic one, the same both ways")
+    steps: int = Field(50, ge=1, description="levels on the way")
+    grid: str | None = Field(None, max_length=64, description="grid of levels; default: the sampler's")
+    resize: Literal["exact", "centre-crop", "squash"] = Field("exact", description="what to do with another size")
 
 
 class LikelihoodRequest(LikelihoodOptions):
@@ -136,8 +154,8 @@ def parse_body(body: type[B], data: Any) -> B:
     raise RequestError(f"{'.'.join(place[:2]) or 'body'}: {first['msg'].lower()}, got {shown}", name)
 
 
-def decode_base64(encoded: Sequence[str]) -> list[bytes]:
-    """The bytes of base64 strings or data: URLs.
+def decode_base64(encoded: Sequence[str], field: str = "images") -> list[bytes]:
+    """The bytes of base64 strings or data: URLs, of the field of that name.
 
     Raises:
         RequestError: not base64; names which.
@@ -149,7 +167,7 @@ def decode_base64(encoded: Sequence[str]) -> list[bytes]:
         try:
             decoded.append(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError) as error:
-            raise RequestError(f"images[{index}]: not base64: {error}", "images") from None
+            raise RequestError(f"{field}[{index}]: not base64: {error}", field) from None
     return decoded
 
 

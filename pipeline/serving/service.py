@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import images
+from pipeline.diffusion.encode import ENCODERS
 from pipeline.diffusion.grids import GRIDS
 from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood
 from pipeline.diffusion.procedure import Procedure
@@ -33,13 +34,17 @@ from pipeline.serving.engine import (
     Progress,
 )
 from pipeline.serving.plans import (
+    EncodingPlan,
     GenerationPlan,
+    LikelihoodPlan,
     class_names,
     options_of,
+    plan_encoding,
     plan_generation,
     plan_likelihood,
 )
 from pipeline.serving.requests import (
+    EncodingRequest,
     GenerationRequest,
     LikelihoodOptions,
     Refused,
@@ -47,7 +52,7 @@ from pipeline.serving.requests import (
     parse_body,
 )
 
-B = TypeVar("B", GenerationRequest, LikelihoodOptions)
+B = TypeVar("B", GenerationRequest, LikelihoodOptions, EncodingRequest)
 
 SELF_TEST_SEED = 20_240_229
 DEFAULT_PREVIEWS = 16
@@ -112,6 +117,7 @@ class Service:
             name=f"engine {identity.id}",
         )
         self.created = int(time.time())
+        self.bytes = sum(p.numel() * p.element_size() for net in model.networks.values() for p in net.parameters())
         self.held_out = held_out_scores(model.card)
         try:
             self.self_test = self_test(self.engine, model)
@@ -130,8 +136,13 @@ class Service:
         facts = {**asdict(self.identity), "aliases": list(self.identity.aliases)}
         return {**facts, "object": "model", "created": self.created, "owned_by": "raydiffusion"}
 
-    async def describe(self) -> dict[str, Any]:
+    async def models(self) -> list[dict[str, Any]]:
+        """The list of `GET /v1/models`."""
+        return [await self.entry()]
+
+    async def describe(self, model: str | None = None) -> dict[str, Any]:
         """The model as `GET /v1/models/{id}` shows it: its card, and all that a form needs to ask it."""
+        self._check_name(model)
         config = self.model.config
         return {
             **await self.entry(),
@@ -142,8 +153,11 @@ class Service:
                 name: {"grid": sampler.grid, "stochastic": sampler.stochastic, "options": _options(sampler.procedure)}
                 for name, sampler in SAMPLERS.items()
             },
+            "encoders": list(ENCODERS),
             "estimators": {name: {"options": _options(estimator)} for name, estimator in ESTIMATORS.items()},
             "grids": list(GRIDS),
+            "guided": self.model.guide is not None or self.model.card.get("label_dropout") != 0,
+            "bytes": self.bytes,
             "defaults": {"sampler": self.config.sampler, "steps": self.config.steps},
             "limits": {"images": self.config.max_images, "steps": self.config.max_steps},
             "held_out": {name: _histogram(scores) for name, scores in self.held_out.items()},
@@ -159,16 +173,15 @@ class Service:
         Raises:
             RequestError: what the request may not ask. EngineBusy, EngineClosed, DeadlineExceeded, NotFinite.
         """
-        request = self._for_us(parse_body(GenerationRequest, fields))
-        plan = plan_generation(request, self.model, self.config, seed)
+        plan = await asyncio.to_thread(self._plan_generate, fields, seed)
         outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
         return await asyncio.to_thread(self._generated, plan, outcome)
 
     async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]:
         """The same as events: previews of x_hat as they come, then the whole answer. Closing it cancels the request."""
-        request = self._for_us(parse_body(GenerationRequest, fields))
-        plan = plan_generation(request, self.model, self.config, seed)
-        wanted = DEFAULT_PREVIEWS if request.partial_images is None else request.partial_images
+        plan = await asyncio.to_thread(self._plan_generate, fields, seed)
+        wanted = fields.get("partial_images")
+        wanted = DEFAULT_PREVIEWS if wanted is None else wanted
         every = _spread(plan.evaluations, wanted)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Progress | None]()
 
@@ -230,10 +243,9 @@ class Service:
         Raises:
             RequestError and the engine's errors, as `generate`.
         """
-        request = self._for_us(parse_body(LikelihoodOptions, fields))
-        plan = await asyncio.to_thread(plan_likelihood, request, encoded, self.model, self.config, seed)
+        plan = await asyncio.to_thread(self._plan_likelihood, fields, encoded, seed)
         outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
-        held_out = self.held_out.get(request.estimator)
+        held_out = self.held_out.get(plan.how.estimator)
         labels = plan.labels or (-1,) * plan.n
         data = [
             {"index": index, "label": labels[index], **_score(outcome.value, index, held_out)}
@@ -241,6 +253,47 @@ class Service:
         ]
         how = {"estimator": plan.how.estimator, "options": plan.how.options}
         return {"object": "list", "data": data, **self._lineage(plan.seed, outcome), **how}
+
+    # --- encodings ------------------------------------------------------------------------------------------------
+
+    async def encode(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The body of an answer of `POST /v1/encodings`; `fields` as `EncodingRequest`.
+
+        Raises:
+            RequestError and the engine's errors, as `generate`.
+        """
+        plan = await asyncio.to_thread(self._plan_encode, fields)
+        outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
+        if not bool(torch.isfinite(outcome.value).all()):
+            raise NotFinite("the solver came to a value that is not finite")
+        if plan.pixels is None:
+            made = [{"b64_json": encoded} for encoded in await asyncio.to_thread(_encoded, outcome.value)]
+        else:
+            made = [{"latent": _floats(latent), "shape": list(latent.shape)} for latent in outcome.value]
+        labels = plan.labels or (-1,) * plan.n
+        data = [{"index": index, "label": labels[index], **each} for index, each in enumerate(made)]
+        how = {"sampler": plan.how.sampler, "steps": plan.how.steps, "dtype": "float32-le"}
+        return {"object": "list", "data": data, **self._lineage(0, outcome), **how}
+
+    async def price(self, method: str, *arguments: Any) -> int:
+        """Cost units (images x network evaluations x pixels) that `generate`, `likelihood` or `encode` is expected to
+        take with these arguments.
+
+        Raises:
+            RequestError: as the call itself.
+        """
+        plan = await asyncio.to_thread(getattr(self, f"_plan_{method}"), *arguments)
+        return plan.cost * self.model.config.size**2
+
+    def _plan_generate(self, fields: Mapping[str, Any], seed: int) -> GenerationPlan:
+        return plan_generation(self._for_us(parse_body(GenerationRequest, fields)), self.model, self.config, seed)
+
+    def _plan_likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> LikelihoodPlan:
+        request = self._for_us(parse_body(LikelihoodOptions, fields))
+        return plan_likelihood(request, encoded, self.model, self.config, seed)
+
+    def _plan_encode(self, fields: Mapping[str, Any]) -> EncodingPlan:
+        return plan_encoding(self._for_us(parse_body(EncodingRequest, fields)), self.model, self.config)
 
     # --- both -----------------------------------------------------------------------------------------------------
 
@@ -257,11 +310,13 @@ class Service:
         return await asyncio.wrap_future(future)
 
     def _for_us(self, request: B) -> B:
-        names = (None, self.identity.id, *self.identity.aliases)
-        if request.model not in names:
-            message = f"no model '{request.model}' is served here; it is '{self.identity.id}'"
-            raise RequestError(message, "model", status=404, code="model_not_found")
+        self._check_name(request.model)
         return request
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and name not in (self.identity.id, *self.identity.aliases):
+            message = f"no model '{name[:100]}' is served here; served: '{self.identity.id}'"
+            raise RequestError(message, "model", status=404, code="model_not_found")
 
     def _lineage(self, seed: int, outcome: Outcome[Any]) -> dict[str, Any]:
         return {
@@ -314,6 +369,11 @@ def _spread(evaluations: int, wanted: int) -> set[int]:
     """At most `wanted` evaluation numbers, evenly over 1..evaluations, the last one among them."""
     count = min(evaluations, wanted)
     return {round(evaluations * (index + 1) / count) for index in range(count)}
+
+
+def _floats(latent: Tensor) -> str:
+    """Base64 of the tensor's float32 values, little-endian, row by row."""
+    return base64.b64encode(latent.cpu().contiguous().numpy().astype("<f4").tobytes()).decode()
 
 
 def _score(scores: Likelihood, index: int, held_out: list[float] | None) -> dict[str, Any]:

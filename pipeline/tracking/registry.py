@@ -6,7 +6,8 @@ nothing is pickled on the way in or out.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from pipeline.data import storage
 from pipeline.tracking.client import connect
 
 FILES = (*models.FILES, "digests.json")
-_downloads: list[tempfile.TemporaryDirectory[str]] = []  # removed when this process ends
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,22 @@ def resolve(url: str, *, tracking_uri: str | None = None) -> Version:
     return Version(found.name, int(found.version), (found.tags or {}).get("digest", ""), found.run_id or "")
 
 
-def fetch(url: str, *, tracking_uri: str | None = None) -> str:
-    """The model directory of a version, on this machine; downloads live as long as this process.
+@contextmanager
+def files(url: str, *, tracking_uri: str | None = None) -> Iterator[str]:
+    """The model directory of a version, on this machine for as long as the block runs.
 
     Raises:
         ValueError: no such version, or its files cannot be had.
     """
     version = resolve(url, tracking_uri=tracking_uri)
-    folder = tempfile.TemporaryDirectory(prefix="raydiffusion-model-")
-    _downloads.append(folder)
-    try:
-        path = mlflow.artifacts.download_artifacts(  # pyright: ignore[reportPrivateImportUsage]
-            artifact_uri=version.url, dst_path=folder.name, tracking_uri=tracking_uri
-        )
-    except (MlflowException, OSError) as error:
-        raise ValueError(f"the files of {version.url} cannot be had: {error}") from error
-    return str(path)
+    with tempfile.TemporaryDirectory(prefix="raydiffusion-model-") as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(  # pyright: ignore[reportPrivateImportUsage]
+                artifact_uri=version.url, dst_path=folder, tracking_uri=tracking_uri
+            )
+        except (MlflowException, OSError) as error:
+            raise ValueError(f"the files of {version.url} cannot be had: {error}") from error
+        yield str(path)
 
 
 def _client(tracking_uri: str | None) -> MlflowClient:

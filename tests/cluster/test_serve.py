@@ -113,8 +113,9 @@ def test_many_requests_at_once_have_the_bytes_of_each_alone(client: httpx.Client
 
 
 def status() -> dict[str, Any]:
-    """Process and load of the only replica."""
-    return import_serve().status()[0]
+    """Process of the only replica, and load of its only model."""
+    (replica,) = import_serve().status()
+    return {"process": replica["process"], **replica["models"][0]}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -172,12 +173,14 @@ def test_replicas_get_paths_that_hold_anywhere(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of its libraries
-def test_a_registered_model_is_loaded_under_its_version(tmp_path: Path, model_url: str) -> None:
+def test_a_registered_model_is_pinned_to_its_version(tmp_path: Path, model_url: str) -> None:
+    from pipeline.cluster.replica import pin
     from pipeline.tracking import client, registry
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client.connect(uri).create_experiment("digits", artifact_location=str(tmp_path / "artifacts"))
-    registry.register(model_url, "digits", tracking_uri=uri, experiment="digits")
-    model, identity = import_serve()._load(ServingConfig(model="models:/digits@champion"), uri)
-    assert (identity.id, identity.version, identity.digest) == ("digits", "1", model.digest)
-    assert set(identity.aliases) == {"models:/digits@champion", "digits@champion", "digits/1"}
+    made = registry.register(model_url, "digits", tracking_uri=uri, experiment="digits")
+    pinned = pin("models:/digits@champion", uri)
+    assert (pinned.source, pinned.url) == ("models:/digits@champion", "models:/digits/1")
+    assert (pinned.identity.id, pinned.identity.version, pinned.identity.digest) == ("digits", "1", made.digest)
+    assert set(pinned.identity.aliases) == {"models:/digits@champion", "digits@champion", "digits/1"}

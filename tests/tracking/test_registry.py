@@ -9,7 +9,7 @@ import torch
 import pipeline
 from pipeline.model import ModelConfig, build, save
 from pipeline.tracking.client import connect
-from pipeline.tracking.registry import fetch, register, resolve
+from pipeline.tracking.registry import files, register, resolve
 
 # MLflow's own, from its import and its database models
 pytestmark = [
@@ -61,7 +61,11 @@ def test_versions_aliases_and_the_same_model_back(uri: str, tmp_path: Path) -> N
     scores = flavor.predict({"images": images, "labels": [0, 1, 2], "seed": 4})
     assert scores.shape == (3,)
     assert np.isfinite(scores).all()
-    assert not list(Path(fetch("models:/m@champion", tracking_uri=uri)).rglob("*.pkl"))
+    with files("models:/m@champion", tracking_uri=uri) as folder:
+        names = [path.suffix for path in Path(folder).rglob("*.*")]
+    assert ".safetensors" in names
+    assert not {".pkl", ".pickle", ".pt"} & set(names)
+    assert not Path(folder).exists()
 
 
 def test_what_is_not_there_or_damaged_is_named(uri: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from pipeline.cluster.monitoring import IngressMetrics
@@ -139,8 +139,8 @@ class Fleet:
             for source in list(self.pinned):
                 try:
                     await self._look(source)
-                except (ValueError, OSError, RayError, TimeoutError) as error:
-                    log.warning("model %s: the registry or the replicas could not be asked: %s", source, error)
+                except Exception as error:  # whatever it was, the next look may succeed; no replicas now, for one
+                    log.warning("model %s: the registry or the replicas could not be asked: %r", source, error)
             await asyncio.sleep(self.config.watch_s)
 
     async def _look(self, source: str) -> None:
@@ -167,9 +167,12 @@ class Fleet:
         """Have every replica load and test a version; why one of them refused, or None. A replica that died is no
         verdict on the model: it is asked again at the next look."""
         answers = self.handle.broadcast("prepare", pinned)
-        for answer in await answers.results_async(timeout_s=PREPARE_TIMEOUT_S):
+        told = await answers.results_async(timeout_s=PREPARE_TIMEOUT_S, return_exceptions=True)
+        for answer in told:
             if isinstance(answer, Refused):
                 return str(answer)
+            if isinstance(answer, Exception):
+                raise answer
         return None
 
 

@@ -151,7 +151,7 @@ def _start(location: str, http_options: dict[str, Any], logging_config: dict[str
 
 
 def status(timeout_s: float = 30.0) -> list[dict[str, Any]]:
-    """Of each replica: its process, and the models it holds with their engines' load.
+    """Of each replica that lives: its process, and the models it holds with their engines' load.
 
     Raises:
         ValueError: nothing is served.
@@ -159,7 +159,11 @@ def status(timeout_s: float = 30.0) -> list[dict[str, Any]]:
     if not _serve_runs() or APPLICATION not in serve.status().applications:
         raise ValueError("nothing is served on this cluster: start it with jobs.serve")
     handle: Any = serve.get_deployment_handle("engine", APPLICATION)
-    return handle.broadcast("status").results(timeout_s=timeout_s)
+    answers = handle.broadcast("status").results(timeout_s=timeout_s, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, Exception) and not isinstance(answer, RayActorError):
+            raise answer
+    return [answer for answer in answers if not isinstance(answer, Exception)]
 
 
 def shutdown() -> None:

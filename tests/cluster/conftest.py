@@ -1,6 +1,7 @@
 """One small Ray cluster for all cluster tests, and a small shard set."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.serving.ports import free_port
+from pipeline.serving.requests import ServingConfig
+from tests.cluster.endpoints import Registry, import_serve
 from tests.data.folders import write_images
 
 ENVIRONMENT = {
@@ -54,3 +58,31 @@ def small_set(tmp_path: Path) -> Manifest:
     return shard_in_process(
         ShardConfig(str(tmp_path / "images"), str(tmp_path / "set"), image_size=8, channels=1, samples_per_shard=10)
     )
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    with warnings.catch_warnings():  # MLflow's own use of its libraries
+        warnings.simplefilter("ignore")
+        return Registry(tmp_path_factory.mktemp("registry"))
+
+
+@pytest.fixture(scope="session")
+def serving_config() -> ServingConfig:
+    return ServingConfig(
+        model="models:/digits@champion",
+        port=free_port("127.0.0.1"),
+        watch_s=0.3,
+        max_replicas=1,
+        cpus_per_replica=0.5,
+        max_steps=100_000,
+        max_request_cost=10**9,
+    )
+
+
+@pytest.fixture(scope="session")
+def endpoint(ray_cluster: None, registry: Registry, serving_config: ServingConfig) -> Iterator[str]:
+    """One replica that serves the champion of `registry`."""
+    serve = import_serve()
+    yield serve.deploy(serving_config, registry.uri)
+    serve.shutdown()

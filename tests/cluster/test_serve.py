@@ -7,9 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,31 +18,7 @@ import pytest
 
 from pipeline.data.images import decode, encode_png
 from pipeline.serving.requests import ServingConfig
-from tests.serving.tiny import save_tiny
-
-GENERATE, SCORE = "/v1/images/generations", "/v1/likelihood"
-
-
-def import_serve() -> Any:
-    with warnings.catch_warnings():  # Ray's own modules still use deprecated pydantic
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from pipeline.cluster import serve
-    return serve
-
-
-@pytest.fixture(scope="module")
-def model_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = str(tmp_path_factory.mktemp("serve") / "tiny")
-    save_tiny(url)
-    return url
-
-
-@pytest.fixture(scope="module")
-def endpoint(ray_cluster: None, model_url: str) -> Iterator[str]:
-    serve = import_serve()
-    config = ServingConfig(model=model_url, port=0, cpus_per_replica=0.5, max_steps=100_000, max_request_cost=10**9)
-    yield serve.deploy(config)
-    serve.shutdown()
+from tests.cluster.endpoints import GENERATE, SCORE, Registry, import_serve, until
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +31,25 @@ def test_the_openai_client_makes_images(endpoint: str) -> None:
     import openai
 
     client = openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["digits"]
     answer = client.images.generate(
-        model="tiny", prompt="3", n=2, size="auto", response_format="b64_json", extra_body={"steps": 4, "seed": 5}
+        model="digits", prompt="3", n=2, size="auto", response_format="b64_json", extra_body={"steps": 4, "seed": 5}
     )
     assert answer.data is not None
     images = [decode(base64.b64decode(item.b64_json or ""), 1) for item in answer.data]
     assert [image.shape for image in images] == [(8, 8, 1)] * 2
     kinds: list[str] = []
     last = ""
-    for event in client.images.generate(model="tiny", prompt="3", n=2, stream=True, extra_body={"steps": 4, "seed": 5}):
+    for event in client.images.generate(
+        model="digits", prompt="3", n=2, stream=True, extra_body={"steps": 4, "seed": 5}
+    ):
         kinds.append(event.type)
         last = event.b64_json
     assert kinds[-1] == "image_generation.completed"
     assert len(kinds) == 8  # Heun's 7 evaluations
     assert last == answer.data[0].b64_json
     with pytest.raises(openai.BadRequestError, match="the prompt must be the name or number of a class"):
-        client.images.generate(model="tiny", prompt="a cat")
+        client.images.generate(model="digits", prompt="a cat")
 
 
 def test_curl_scores_a_file(endpoint: str, tmp_path: Path, client: httpx.Client) -> None:
@@ -135,13 +111,6 @@ def test_a_closed_connection_ends_its_work(endpoint: str, stream: bool) -> None:
     assert status()["load"]["live"] == 0  # counted when it was over
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_a_request_outlives_its_replica(client: httpx.Client) -> None:
     fields = {"n": 2, "seed": 9, "steps": 400, "sampler": "ddim"}
     expected = client.post(GENERATE, json=fields).json()["data"]
@@ -155,7 +124,7 @@ def test_a_request_outlives_its_replica(client: httpx.Client) -> None:
     assert status()["process"] != process
 
 
-def test_a_taken_port_and_a_missing_model_are_told_in_one_line(endpoint: str, model_url: str) -> None:
+def test_a_missing_model_is_told_in_one_line(endpoint: str) -> None:
     serve = import_serve()
     with pytest.raises(ValueError, match="names no model"):
         serve.deploy(ServingConfig())
@@ -172,15 +141,13 @@ def test_replicas_get_paths_that_hold_anywhere(monkeypatch: pytest.MonkeyPatch, 
     assert serve._absolute("http://mlflow:5000", "sqlite:///") == "http://mlflow:5000"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of its libraries
-def test_a_registered_model_is_pinned_to_its_version(tmp_path: Path, model_url: str) -> None:
+def test_a_registered_model_is_pinned_to_its_version(registry: Registry) -> None:
+    import_serve()
     from pipeline.cluster.replica import pin
-    from pipeline.tracking import client, registry
+    from pipeline.tracking.registry import resolve
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client.connect(uri).create_experiment("digits", artifact_location=str(tmp_path / "artifacts"))
-    made = registry.register(model_url, "digits", tracking_uri=uri, experiment="digits")
-    pinned = pin("models:/digits@champion", uri)
+    pinned = pin("models:/digits@champion", registry.uri)
     assert (pinned.source, pinned.url) == ("models:/digits@champion", "models:/digits/1")
-    assert (pinned.identity.id, pinned.identity.version, pinned.identity.digest) == ("digits", "1", made.digest)
+    digest = resolve("models:/digits/1", tracking_uri=registry.uri).digest
+    assert (pinned.identity.id, pinned.identity.version, pinned.identity.digest) == ("digits", "1", digest)
     assert set(pinned.identity.aliases) == {"models:/digits@champion", "digits@champion", "digits/1"}

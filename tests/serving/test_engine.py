@@ -40,7 +40,7 @@ def engine(tiny: Model) -> Iterator[Engine]:
 def calls(tiny: Model) -> Iterator[list[tuple[int, bool]]]:
     """(rows, with gradient) of each network call."""
     seen: list[tuple[int, bool]] = []
-    handle = tiny.denoiser.register_forward_hook(
+    handle = tiny.denoiser.network.register_forward_hook(
         lambda _, inputs, __: seen.append((len(inputs[0]), inputs[0].requires_grad))
     )
     yield seen
@@ -290,6 +290,18 @@ def test_a_failing_request_fails_alone(
     assert all(torch.equal(future.result(30).value, reference) for future in (*good, *more))
     assert engine.load().failed == 1
     assert engine.alive
+
+
+def test_a_request_that_cannot_be_built_fails_with_its_own_error(engine: Engine) -> None:
+    def build() -> Procedure[int]:
+        next(iter(()))  # a StopIteration, which ends no procedure
+        return steady(1, 1)
+
+    future = engine.submit(build)
+    with pytest.raises(StopIteration):
+        future.result(10)
+    assert engine.load().failed == 1
+    assert engine.submit(steady(1, 2)).result(10).value == 2
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(tiny: Model) -> None:

@@ -4,6 +4,8 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
@@ -17,6 +19,9 @@ import torch
 from pipeline.cluster.http import make_app
 from pipeline.data.images import decode, encode_png
 from pipeline.model import Model, Sampling, Scoring
+from pipeline.serving.logs import JsonLines
+from pipeline.serving.quotas import Quotas
+from pipeline.serving.requests import Refused
 from pipeline.serving.service import Service
 
 GENERATE, SCORE = "/v1/images/generations", "/v1/likelihood"
@@ -246,3 +251,123 @@ def test_the_openapi_document_has_the_bodies(ask: Callable[..., httpx.Response])
         "application/json",
         "multipart/form-data",
     }
+
+
+# --- encodings, init images, resumed streams, quotas -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sampler", "steps", "grey_levels"), [("heun", 60, 3), ("dpmpp_2m", 64, 6), ("euler", 64, 40)])
+def test_an_image_goes_up_to_its_latent_and_back(
+    ask: Callable[..., httpx.Response], tiny: Model, sampler: str, steps: int, grey_levels: int
+) -> None:
+    pixels = tiny.sample(2, [3, 4], seed=8, how=Sampling("heun", 40)).permute(0, 2, 3, 1).numpy()
+    how = {"sampler": sampler, "steps": steps, "labels": [3, 4]}
+    up = ask(
+        "POST", "/v1/encodings", json={**how, "images": [base64.b64encode(encode_png(x)).decode() for x in pixels]}
+    )
+    assert up.status_code == 200, up.text
+    latents = [item["latent"] for item in up.json()["data"]]
+    assert up.json()["data"][0]["shape"] == [1, 8, 8]
+    assert np.isfinite(np.frombuffer(base64.b64decode(latents[0]), "<f4")).all()
+    down = ask("POST", "/v1/encodings", json={**how, "latents": latents}).json()
+    assert np.abs(pixels_of(down).astype(int) - pixels).max() <= grey_levels
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "text"),
+    [
+        ({}, "images", "images or latents"),
+        ({"images": ["AAAA"], "latents": ["AAAA"]}, "images", "one of them"),
+        ({"latents": ["AAAA"]}, "latents", "3 bytes, a latent of this model has 256"),
+        ({"latents": [base64.b64encode(b"\xff" * 256).decode()]}, "latents", "not finite"),
+        ({"latents": [base64.b64encode(b"\0" * 256).decode()], "sampler": "ancestral"}, "sampler", "heun"),
+        ({"images": ["AAAA"]}, "images", r"images\[0\]"),
+    ],
+)
+def test_an_encoding_that_cannot_be_is_refused_by_field(
+    ask: Callable[..., httpx.Response], fields: dict[str, Any], param: str, text: str
+) -> None:
+    answer = ask("POST", "/v1/encodings", json=fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert re.search(text, answer.json()["error"]["message"])
+
+
+def test_an_init_image_stays_the_nearer_the_smaller_the_strength(
+    ask: Callable[..., httpx.Response], tiny: Model
+) -> None:
+    start = tiny.sample(1, [3], seed=8, how=Sampling("heun", 40))[0].permute(1, 2, 0).numpy()
+    fields = {"n": 8, "labels": 3, "seed": 1, "steps": 40, "image": base64.b64encode(encode_png(start)).decode()}
+    away = []
+    for strength in (0.2, 0.5, 1.0):
+        answer = ask("POST", GENERATE, json={**fields, "strength": strength}).json()
+        assert answer["evaluations"] == 2 * round(40 * strength) - 1  # Heun's last step is Euler's
+        away.append(np.abs(pixels_of(answer).astype(int) - start).mean())
+    assert away[0] < away[1] < away[2]
+
+
+def test_a_broken_stream_goes_on_after_the_last_event(ask: Callable[..., httpx.Response]) -> None:
+    fields = {"n": 2, "sampler": "ddim", "steps": 8, "seed": 4, "stream": True, "partial_images": 8}
+    whole = ask("POST", GENERATE, json=fields).text.split("\n\n")[:-1]
+    assert [event.splitlines()[0] for event in whole] == [f"id: {number}" for number in (*range(1, 9), 8)]
+    for had in (1, 5, 8):
+        rest = ask("POST", GENERATE, json=fields, headers={"last-event-id": str(had)}).text.split("\n\n")[:-1]
+
+        def pictures(events: list[str]) -> list[Any]:
+            return [json.loads(event.partition("data: ")[2])["data"] for event in events]
+
+        assert pictures(rest) == pictures(whole[had:])
+    for bad in ({"seed": None}, {"stream": False}):
+        assert ask("POST", GENERATE, json={**fields, **bad}, headers={"last-event-id": "3"}).status_code == 400
+    assert ask("POST", GENERATE, json=fields, headers={"last-event-id": "x"}).status_code == 400
+
+
+def test_a_key_spends_its_quota_and_gets_it_back() -> None:
+    now = 0.0
+    quotas = Quotas(600, clock=lambda: now)
+    quotas.charge("a", 500)
+    quotas.charge("a", 400)  # the last one may pass the limit
+    with pytest.raises(Refused, match="600 cost units a minute") as caught:
+        quotas.charge("a", 1)
+    assert (caught.value.status, caught.value.code) == (429, "quota_exceeded")
+    assert caught.value.retry_after_s == pytest.approx(30.1)
+    quotas.charge("b", 1)  # another's is its own
+    now = 31.0
+    quotas.charge("a", 1)
+    Quotas(0).charge("a", 1e30)
+
+
+def test_a_quota_is_charged_by_cost_before_the_work(service: Service) -> None:
+    key = {"authorization": "Bearer k", "host": "127.0.0.1"}
+    config = replace(service.config, key_hashes=(hashlib.sha256(b"k").hexdigest(),), key_quota=4 * 64)
+    before = service.engine.load().rows
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(make_app(service, config))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=key) as client:
+            fields = {"n": 2, "sampler": "ddim", "steps": 4}
+            return [await client.post(GENERATE, json=fields) for _ in range(2)]
+
+    first, second = asyncio.run(run())
+    assert first.status_code == 200
+    assert (second.status_code, second.json()["error"]["code"]) == (429, "quota_exceeded")
+    assert int(second.headers["retry-after"]) >= 1
+    assert service.engine.load().rows == before + 8
+
+
+def test_a_request_is_a_line_of_json_with_its_trace_and_lineage(
+    ask: Callable[..., httpx.Response], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "raydiffusion"):
+        answer = ask(
+            "POST", GENERATE, json={"steps": 2, "seed": 3, "prompt": "5"}, headers={"authorization": "Bearer s3"}
+        )
+        ask("GET", "/nowhere/secret-path")
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.message == "request"]
+    assert (
+        lines[0].items() >= {"trace_id": answer.json()["trace_id"], "status": 200, "seed": 3, "model": "tiny"}.items()
+    )
+    assert lines[0]["route"] == GENERATE
+    assert lines[1].items() >= {"status": 404, "route": "unmatched"}.items()
+    assert "secret" not in caplog.text
+    assert "s3" not in str(lines)

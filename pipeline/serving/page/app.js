@@ -35,10 +35,10 @@ async function answered(response) {
 
 // --- which model ---------------------------------------------------------------------------------
 
-async function loadModel() {
+async function loadModel(chosen) {
   try {
     const list = await (await answered(await fetch("v1/models", { headers: headers() }))).json();
-    const id = list.data[0].id;
+    const id = chosen ?? list.data[0].id;
     state.model = await (await answered(await fetch(`v1/models/${id}`, { headers: headers() }))).json();
     showModel(list.data.map((entry) => entry.id));
   } catch (error) {
@@ -53,14 +53,17 @@ function showModel(ids) {
   const version = model.version ? `version ${model.version}, ` : "";
   byId("facts").textContent =
     `${model.id}, ${version}${model.size}×${model.size} pixels, digest ${model.digest.slice(0, 12)}`;
-  fill("model", ids.map((id) => [id, id]));
+  fill("model", ids.map((id) => [id, id]), model.id);
   fill("sampler", Object.keys(model.samplers).map((name) => [name, name]), model.defaults.sampler);
   fill("estimator", Object.keys(model.estimators).map((name) => [name, name]), "vlb");
   const classes = model.class_names.map((name, index) => [String(index), name]);
   const none = [["-1", model.class_names.length ? "no class" : "this model has none"]];
   fill("class", [...(classes.length ? [["each", "each in turn"]] : []), ...none, ...classes]);
   fill("score-class", [...none, ...classes]);
-  byId("class").disabled = byId("score-class").disabled = byId("guidance").disabled = !classes.length;
+  byId("class").disabled = byId("score-class").disabled = !classes.length;
+  byId("guidance").disabled = !classes.length || !model.guided;
+  byId("guidance").title = model.guided ? "" : "This model was trained with labels alone: it has nothing to guide from.";
+  if (byId("guidance").disabled) byId("guidance").value = 1;
   byId("steps").value = model.defaults.steps;
   byId("steps").max = model.limits.steps;
   byId("n").max = model.limits.images;
@@ -340,7 +343,8 @@ byId("dice").addEventListener("click", () => { byId("seed").value = crypto.getRa
 byId("curl").addEventListener("click", copyGeneration);
 byId("score-curl").addEventListener("click", copyScore);
 byId("sampler").addEventListener("change", noteSampler);
-byId("key").addEventListener("change", loadModel);
+byId("key").addEventListener("change", () => loadModel());
+byId("model").addEventListener("change", (event) => loadModel(event.target.value));
 byId("file").addEventListener("change", async (event) => { await score([...event.target.files]); event.target.value = ""; });
 const drop = byId("drop");
 for (const type of ["dragenter", "dragover"]) drop.addEventListener(type, (event) => { event.preventDefault(); drop.classList.add("over"); });

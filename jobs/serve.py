@@ -1,7 +1,8 @@
 """Sampling and likelihood endpoints of a registered model, behind Ray Serve.
 
-On a cluster (ray job submit, or RAY_ADDRESS) the endpoint is deployed and stays after the job has ended; `--stop` ends
-it. Without one it runs here until Ctrl-C. The page is at /, the API's documentation at /docs.
+On a cluster (ray job submit, or RAY_ADDRESS) the endpoint is deployed and stays after the job has ended: run again it
+is updated, `--status` shows it, `--stop` ends it. Without one it runs here until Ctrl-C. The page is at /, the API's
+documentation at /docs.
 """
 
 import os
@@ -24,6 +25,22 @@ def run(config: RunConfig) -> str:
     return url
 
 
+def show() -> None:
+    """What is served: each replica, its models and their load."""
+    from rich.table import Table
+
+    from pipeline.cluster import serve
+
+    table = Table("process", "model", "version", "digest", "in progress", "waiting", "evaluations owed", "done")
+    for replica in serve.status():
+        for model in replica["models"]:
+            load = model["load"]
+            counts = (load["live"], load["waiting"], load["queued_cost"], load["finished"])
+            facts = (replica["process"], model["id"], model["version"] or "-", model["digest"][:12], *counts)
+            table.add_row(*map(str, facts))
+    cli.console.print(table)
+
+
 def _wait_for_the_end() -> None:
     """Until SIGINT or SIGTERM."""
     ended = threading.Event()
@@ -34,21 +51,23 @@ def _wait_for_the_end() -> None:
 
 def main() -> None:
     parser = cli.parser("serve", __doc__ or "", ["serving", "tracking", "cluster"])
-    parser.add_argument("--stop", action="store_true", help="end the endpoint of the cluster")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--status", action="store_true", help="show the endpoint's replicas and their load"
+    )
+    asked.add_argument("--stop", action="store_true", help="end the endpoint of the cluster")
     args = parser.parse_intermixed_args()
 
     def job() -> None:
         config = load_config(args.run_file, args.overrides)
         here = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+        if here and (args.stop or args.status):
+            raise ValueError("there is no cluster here (set RAY_ADDRESS); an endpoint without one ends with Ctrl-C")
         with session(config.cluster.address):
             from pipeline.cluster import serve
 
-            if args.stop:
-                if here:
-                    raise ValueError(
-                        "--stop: there is no cluster here (set RAY_ADDRESS); an endpoint without one ends with Ctrl-C"
-                    )
-                serve.shutdown()
+            if args.stop or args.status:
+                serve.shutdown() if args.stop else show()
                 return
             try:
                 run(config)

@@ -151,3 +151,14 @@ def test_a_registered_model_is_pinned_to_its_version(registry: Registry) -> None
     digest = resolve("models:/digits/1", tracking_uri=registry.uri).digest
     assert (pinned.identity.id, pinned.identity.version, pinned.identity.digest) == ("digits", "1", digest)
     assert set(pinned.identity.aliases) == {"models:/digits@champion", "digits@champion", "digits/1"}
+
+
+def test_the_status_names_process_version_and_load(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import_serve()
+    from jobs.serve import show
+
+    show()
+    told = capsys.readouterr().out
+    assert str(status()["process"]) in told
+    assert "digits" in told
+    assert "owed" in told

@@ -6,7 +6,9 @@ digest.
 """
 
 import hashlib
+import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,13 +24,16 @@ from pipeline.choose import choose
 from pipeline.data import images, storage
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.encode import ENCODERS
+from pipeline.diffusion.grids import explicit_grid, grid
 from pipeline.diffusion.guidance import autoguidance, classifier_free
 from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood, PixelGrid
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import Noise, key_seed
 from pipeline.diffusion.samplers import SAMPLERS, prior
-from pipeline.diffusion.schedule import SCHEDULES, explicit_grid, grid
+from pipeline.diffusion.scaling import prior_variance
+from pipeline.diffusion.schedule import SCHEDULES
 
 FILES = ("model.safetensors", "config.json", "card.json")
 PIXELS = PixelGrid(levels=256, first=images.FIRST_LEVEL, bin=images.PIXEL_BIN)
@@ -167,16 +172,39 @@ class Model:
         return grid(name, schedule, how.steps)
 
     def sampling(
-        self, seeds: Sequence[int], labels: Sequence[int] | Tensor | None = None, how: Sampling | None = None
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | Tensor | None = None,
+        how: Sampling | None = None,
+        *,
+        latents: Tensor | None = None,
+        init: Tensor | None = None,
+        strength: float = 1.0,
     ) -> Procedure[Tensor]:
         """The procedure that makes len(seeds) images, float (n, C, H, W) in model space; image i depends on seeds[i]
-        alone.
+        and on its start.
+
+        latents: float32 (n, C, H, W), what `encoding` made; the start in place of a standard normal draw.
+        init: uint8 (n, C, H, W), images to start from (SDEdit, Meng et al. 2022), noised to where a share
+        `strength` in (0, 1] of the steps is still to go.
         """
         how = how or Sampling()
         conditioning = self.conditioning(labels, len(seeds))
         noise = Noise(seeds, self.device)
         process, levels = self.denoiser.process, self.levels(how)
-        y = prior(process, (len(seeds), *self.config.shape), noise, gamma=float(levels[0]))
+        shape = (len(seeds), *self.config.shape)
+        if init is not None:
+            if not 0 < strength <= 1:
+                raise ValueError(f"strength must lie in (0, 1], got {strength}")
+            levels = levels[len(levels) - max(1, round(strength * len(levels))) :]
+            y = noise.normal_(torch.empty(shape, device=self.device)).mul_(math.exp(float(levels[0]) / 2))
+            y += self._clean(init, len(seeds))
+        elif latents is not None:
+            y = latents.to(self.device, torch.float32) * self._latent_unit(levels)
+            if y.shape != shape:
+                raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
+        else:
+            y = prior(process, shape, noise, gamma=float(levels[0]))
         sampler = choose(SAMPLERS, how.sampler, "sampler")
         procedure = sampler.start(process, y, levels, noise, conditioning, **how.options)
         if how.guidance == 1.0:
@@ -188,6 +216,35 @@ class Model:
             )
         return (classifier_free if self.guide is None else autoguidance)(procedure, how.guidance)
 
+    def encoding(
+        self, pixels: Tensor, labels: Sequence[int] | Tensor | None = None, how: Sampling | None = None
+    ) -> Procedure[Tensor]:
+        """The procedure that carries uint8 images (n, C, H, W) up the probability flow to their latents, float32
+        (n, C, H, W), near N(0, I) for images like the trained ones. `sampling` with the same `how` leads back as steps
+        are refined.
+
+        Raises:
+            ValueError: a sampler without a way back, which only deterministic ones have.
+        """
+        how = how or Sampling()
+        encoder = choose(ENCODERS, how.sampler, "deterministic sampler")
+        levels = self.levels(how)
+        self.denoiser.process.check_levels(levels)
+        conditioning = self.conditioning(labels, len(pixels))
+        up = encoder(self._clean(pixels, len(pixels)), levels.flip(0), conditioning, **how.options)
+        return _scaled(up, 1 / self._latent_unit(levels))
+
+    def _latent_unit(self, levels: Tensor) -> float:
+        """Standard deviation of the prior at the highest level."""
+        return math.sqrt(prior_variance(self.denoiser.process.scaling, float(levels[0])))
+
+    def _clean(self, pixels: Tensor, n: int) -> Tensor:
+        """uint8 images (n, C, H, W) in model space."""
+        if pixels.dtype != torch.uint8 or pixels.shape != (n, *self.config.shape):
+            shape = ", ".join(map(str, self.config.shape))
+            raise ValueError(f"images must be uint8 ({n}, {shape}), got {pixels.dtype} {tuple(pixels.shape)}")
+        return images.to_model(pixels.to(self.device))
+
     def scoring(
         self,
         pixels: Tensor,
@@ -197,14 +254,43 @@ class Model:
     ) -> Procedure[Likelihood]:
         """The procedure that scores uint8 images (n, C, H, W); image i's estimate depends on seeds[i] alone."""
         how = how or Scoring()
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.config.shape:
-            shape = ", ".join(map(str, self.config.shape))
-            raise ValueError(f"images must be uint8 (n, {shape}), got {pixels.dtype} {tuple(pixels.shape)}")
-        x = images.to_model(pixels.to(self.device))
+        x = self._clean(pixels, len(pixels))
         estimator = choose(ESTIMATORS, how.estimator, "estimator")
+        options = self.scoring_options(how)
         conditioning = self.conditioning(labels, len(pixels))
         noise = Noise(seeds, self.device)
-        return estimator(x, self.denoiser.process, noise, conditioning, pixels=PIXELS, **how.options)
+        return estimator(x, self.denoiser.process, noise, conditioning, pixels=PIXELS, **options)
+
+    def scoring_options(self, how: Scoring) -> dict[str, Any]:
+        """The estimator's options, completed by what this model says of itself.
+
+        A bound over steps is that of the model's own table: all of it, or `steps` of its levels evenly by index
+        (`gammas` names any others), with the learned variance where there is one, and the Gaussian decoder that a table
+        was trained with. A law without a table has `steps` levels uniform in gamma.
+
+        Raises:
+            ValueError: an option that the estimator has not, or steps that the table has not.
+        """
+        parameters = inspect.signature(choose(ESTIMATORS, how.estimator, "estimator")).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "pixels"]
+        for name in how.options:
+            if name not in known:
+                raise ValueError(f"estimator '{how.estimator}' has no option '{name}'; it has: {', '.join(known)}")
+        table: Tensor | None = getattr(self.denoiser.schedule, "table", None)
+        if "gammas" not in known or table is None:
+            return dict(how.options)
+        own: dict[str, Any] = {"decoder": "gaussian"}
+        if "variance" in known and self.config.learned_variance:
+            own["variance"] = "learned"
+        if how.options.get("gammas") is None:
+            steps = how.options.get("steps", len(table))
+            if not (isinstance(steps, int) and 3 <= steps <= len(table)):
+                raise ValueError(
+                    f"estimator '{how.estimator}': steps must be an integer in 3..{len(table)}, the table's, "
+                    f"got {steps}"
+                )
+            own["gammas"] = grid("linspace", self.denoiser.schedule, steps)
+        return {**own, **{name: value for name, value in how.options.items() if value is not None}}
 
     def sample(
         self, n: int = 16, labels: Sequence[int] | None = None, seed: int = 0, how: Sampling | None = None
@@ -219,6 +305,10 @@ class Model:
         """Likelihood of uint8 images (n, C, H, W), bits/dim an image with parts and standard errors."""
         seeds = [key_seed("score", seed, index) for index in range(len(pixels))]
         return drive(self.scoring(pixels, seeds, labels, how), self.networks)
+
+
+def _scaled(procedure: Procedure[Tensor], factor: float) -> Procedure[Tensor]:
+    return (yield from procedure) * factor
 
 
 # --- the directory

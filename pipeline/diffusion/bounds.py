@@ -4,7 +4,7 @@ Of every term, or of a random subset with its standard error.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,12 @@ from pipeline.diffusion.estimate import (
     repeat_rows,
     sum_parts,
 )
+from pipeline.diffusion.guidance import Clip, clipped
 from pipeline.diffusion.procedure import Answer, Procedure, Query
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.schedule import SCALINGS, prior_variance, step_variance
+from pipeline.diffusion.scaling import SCALINGS, prior_variance, step_variance
+
+Importance = str | Tensor | Sequence[float]  # of the steps of a bound: a name, or positive weights, one a step
 
 # --- sums over levels ---------------------------------------------------------------------------------------------
 
@@ -64,7 +67,7 @@ Measure = Callable[[Answer, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Setting:
-    """The images and what goes with them: index, their grey levels; rows, how many a query may have."""
+    """The images and what goes with them: index, their grey levels; rows, how many a query may have; clip, of x_hat."""
 
     x: Tensor
     index: Tensor
@@ -73,6 +76,7 @@ class _Setting:
     conditioning: Conditioning
     pixels: PixelGrid
     rows: int
+    clip: Clip | float | None
 
     @property
     def dimensions(self) -> int:
@@ -149,12 +153,19 @@ def _finish(setting: _Setting, parts: dict[str, Tensor], variance: Variance, eva
 
 
 def _setting(
-    x: Tensor, process: Process, noise: Noise, conditioning: Conditioning, pixels: PixelGrid, rows: int, draws: int
+    x: Tensor,
+    process: Process,
+    noise: Noise,
+    conditioning: Conditioning,
+    pixels: PixelGrid,
+    rows: int,
+    draws: int,
+    clip: Clip | float | None,
 ) -> _Setting:
     check_input(x, noise, rows=rows)
     if draws < 2:
         raise ValueError(f"likelihood: decoder_draws must be at least 2, got {draws}: one gives no standard error")
-    return _Setting(x.double(), pixels.index(x), process, noise, conditioning, pixels, rows)
+    return _Setting(x.double(), pixels.index(x), process, noise, conditioning, pixels, rows, clip)
 
 
 # --- continuous time ----------------------------------------------------------------------------------------------
@@ -177,6 +188,7 @@ def vlb(
     decoder_draws: int = 4,
     control: bool = True,
     rows: int = 256,
+    clip: Clip | float | None = None,
 ) -> Procedure[Likelihood]:
     """The continuous bound: prior + 1/2 integral of E|eps - eps_hat|^2 d gamma + reconstruction.
 
@@ -186,26 +198,26 @@ def vlb(
     decoder: 'softmax' (its expectation exactly) or 'gaussian' (`decoder_draws` more evaluations).
     control: take |eps|^2 - D, known in the mean, off the terms in proportion: the same expectation, half the error.
     rows: how many rows a query may have; where there are fewer images, several levels are asked at once.
+    clip: of x_hat, as samplers have it: the bound of the model that samples so.
 
     Raises:
         ValueError: pixels off the grid, levels or decoder_draws below 2, no finite number from the network.
     """
-    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws, clip)
     if levels < 2:
         raise ValueError(f"likelihood vlb: levels must be at least 2, got {levels}: one gives no standard error")
     low, high = process.gamma_min, process.gamma_max
     width = (high - low) / levels
     place = noise.uniform_(torch.empty(len(x), levels, dtype=torch.float64, device=x.device))
     gammas = low + width * (torch.arange(levels, device=x.device) + place)
-    errors, squares = yield from _measure_levels(setting, gammas[..., None], _eps_error)
+    errors, squares = yield from clipped(_measure_levels(setting, gammas[..., None], _eps_error), clip)
     weights = torch.full_like(errors, width / 2)
     terms = errors * weights
     if control:
         terms = controlled(terms, weights, squares, setting.dimensions)
     log_beta = upper_log_variance(process, low)
-    reconstruction, variance, evaluations = yield from _reconstruction(
-        setting, low, decoder, decoder_draws, "beta", (log_beta, log_beta)
-    )
+    decoding = _reconstruction(setting, low, decoder, decoder_draws, "beta", (log_beta, log_beta))
+    reconstruction, variance, evaluations = yield from clipped(decoding, clip)
     prior = prior_term(setting.x, high, process.prior_variance)
     parts = {"prior": prior, "diffusion": row_sum(terms), "reconstruction": reconstruction}
     return _finish(setting, parts, series_variance(terms) + variance, levels + evaluations)
@@ -242,13 +254,14 @@ def step_divergence(variance: str) -> Measure:
     return measure
 
 
-def _check_gammas(gammas: Tensor | None, process: Process, steps: int) -> Tensor:
+def _check_gammas(gammas: Tensor | Sequence[float] | None, process: Process, steps: int) -> Tensor:
+    """The levels, ascending."""
     low, high = process.gamma_min, process.gamma_max
     if gammas is None:
         if steps < 3:
             raise ValueError(f"likelihood: steps must be at least 3, got {steps}")
         return torch.linspace(low, high, steps, dtype=torch.float64)
-    ascending = gammas.double().flip(0)
+    ascending = torch.as_tensor(gammas, dtype=torch.float64).flip(0)
     if ascending.ndim != 1 or len(ascending) < 3 or not bool((ascending.diff() > 0).all()):
         raise ValueError("likelihood: gammas must be at least 3 levels, strictly descending from noise to data")
     slack = 1e-9 * (1 + max(abs(low), abs(high)))
@@ -260,18 +273,18 @@ def _check_gammas(gammas: Tensor | None, process: Process, steps: int) -> Tensor
     return ascending
 
 
-def _probabilities(importance: str | Tensor, gaps: Tensor) -> Tensor:
+def _probabilities(importance: Importance, gaps: Tensor) -> Tensor:
     """float64 (steps,), positive, sum 1."""
     if isinstance(importance, str):
         weights = choose({"uniform": torch.ones_like(gaps), "gamma": gaps}, importance, "importance")
     else:
-        weights = importance.double().to(gaps.device)
+        weights = torch.as_tensor(importance, dtype=torch.float64).to(gaps.device)
         if weights.shape != gaps.shape or not bool((weights > 0).all()) or not bool(torch.isfinite(weights).all()):
             raise ValueError(f"likelihood: importance must be {len(gaps)} positive weights, one a step")
     return weights / weights.sum()
 
 
-def _pick_terms(setting: _Setting, gaps: Tensor, terms: int | None, importance: str | Tensor) -> tuple[Tensor, Tensor]:
+def _pick_terms(setting: _Setting, gaps: Tensor, terms: int | None, importance: Importance) -> tuple[Tensor, Tensor]:
     """Which steps each image is asked, (n, k), and the factor of each, (n, k)."""
     n = len(setting.x)
     if terms is None:
@@ -291,7 +304,7 @@ def _discrete(
     gammas: Tensor,
     steps: Tensor,
     terms: int | None,
-    importance: str | Tensor,
+    importance: Importance,
     decoder: str,
     decoder_draws: int,
     control: bool,
@@ -300,7 +313,8 @@ def _discrete(
     """gammas ascending, steps (len - 1, 4) of them; the last move, from gammas[0] to the image, is the decoder's."""
     gaps, steps = gammas.diff().to(setting.x.device), steps.to(setting.x.device)
     chosen, factor = _pick_terms(setting, gaps, terms, importance)
-    values, squares = yield from _measure_levels(setting, steps[chosen], step_divergence(variance))
+    measuring = _measure_levels(setting, steps[chosen], step_divergence(variance))
+    values, squares = yield from clipped(measuring, setting.clip)
     values = values * factor
     if control:
         values = controlled(values, factor * 0.5 * torch.expm1(gaps[chosen]), squares, setting.dimensions)
@@ -308,9 +322,8 @@ def _discrete(
     log_beta = upper_log_variance(setting.process, first)
     # beta-tilde of the last move is 0: the one before it stands in (Nichol & Dhariwal 2021)
     log_tilde = log_beta + math.log(-math.expm1(-float(gaps[0])))
-    reconstruction, spread, evaluations = yield from _reconstruction(
-        setting, first, decoder, decoder_draws, variance, (log_tilde, log_beta)
-    )
+    decoding = _reconstruction(setting, first, decoder, decoder_draws, variance, (log_tilde, log_beta))
+    reconstruction, spread, evaluations = yield from clipped(decoding, setting.clip)
     prior = prior_term(setting.x, last, prior_variance(setting.process.scaling, last))
     parts = {"prior": prior, "steps": row_sum(values), "reconstruction": reconstruction}
     return _finish(setting, parts, series_variance(values) + spread, values.shape[1] + evaluations)
@@ -323,15 +336,16 @@ def vlb_discrete(
     conditioning: Conditioning,
     *,
     pixels: PixelGrid,
-    gammas: Tensor | None = None,
+    gammas: Tensor | Sequence[float] | None = None,
     steps: int = 1000,
     variance: str = "posterior",
     terms: int | None = None,
-    importance: str | Tensor = "gamma",
+    importance: Importance = "gamma",
     decoder: str = "softmax",
     decoder_draws: int = 4,
     control: bool = True,
     rows: int = 256,
+    clip: Clip | float | None = None,
 ) -> Procedure[Likelihood]:
     """The T-step bound: prior, a consistency term for each step, reconstruction (Ho et al. 2020, eq. 5).
 
@@ -343,13 +357,14 @@ def vlb_discrete(
     terms: evaluations an image, each at a step drawn by `importance` ('uniform', 'gamma': by the step's width, or
         positive weights, one a step, from noise-free to noise); None for every step.
     decoder: 'softmax' or 'gaussian' (DDPM's, of the model's variance, with `decoder_draws` more evaluations).
-    control, rows: as in `vlb`.
+    control, rows, clip: as in `vlb`. Published figures are of clipped x_hat, without which an eps-predicting network
+        pays for its error times s where there is most noise.
 
     Raises:
         ValueError: pixels off the grid, gammas not descending or outside the network's range, too few of a count, no
             variance head where it is asked for, no finite number from the network.
     """
-    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws, clip)
     levels = _check_gammas(gammas, process, steps)
     table = ancestral_steps(levels[1:], levels[:-1], process.scaling)
     return (yield from _discrete(setting, levels, table, terms, importance, decoder, decoder_draws, control, variance))
@@ -363,14 +378,15 @@ def ddim_bound(
     *,
     pixels: PixelGrid,
     eta: float = 1.0,
-    gammas: Tensor | None = None,
+    gammas: Tensor | Sequence[float] | None = None,
     steps: int = 1000,
     terms: int | None = None,
-    importance: str | Tensor = "gamma",
+    importance: Importance = "gamma",
     decoder: str = "softmax",
     decoder_draws: int = 4,
     control: bool = True,
     rows: int = 256,
+    clip: Clip | float | None = None,
 ) -> Procedure[Likelihood]:
     """The bound of DDIM's process of variance eta^2 beta-tilde at each step; at eta = 1 that of `vlb_discrete`.
 
@@ -380,7 +396,7 @@ def ddim_bound(
         ValueError: as `vlb_discrete`; eta not positive (the bound is infinite), or so large that a step's variance
             exceeds the level it goes to (the step is named).
     """
-    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws, clip)
     levels = _check_gammas(gammas, process, steps)
     if not (0 < eta < math.inf):
         raise ValueError(f"likelihood ddim_bound: eta must be positive, got {eta:g}: without noise it is infinite")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.parameterization import Parameterization
-from pipeline.diffusion.schedule import LearnedGamma, Schedule, prior_variance
+from pipeline.diffusion.scaling import prior_variance
+from pipeline.diffusion.schedule import LearnedGamma, Schedule
 
 
 def shaped(level: Tensor, like: Tensor) -> Tensor:
@@ -184,9 +185,15 @@ class Denoiser(nn.Module):
         else:
             told = torch.full((y.shape[0],), level, dtype=self.dtype, device=y.device)
         scaled = y if c_in == 1 else y * c_in
-        output, variance = self._split(self.network(scaled.to(self.dtype), told, conditioning))
+        if scaled.dtype != self.dtype:  # asking costs less than a conversion to what it is already
+            scaled = scaled.to(self.dtype)
+        output, variance = self.network(scaled, told, conditioning), None
+        if self.learned_variance:
+            output, variance = self._split(output)
+        if output.dtype != y.dtype:
+            output = output.to(y.dtype)
         kept = y if c_skip == 1 else y * c_skip
-        return Prediction(torch.add(kept, output.to(y.dtype), alpha=c_out), variance)
+        return Prediction(torch.add(kept, output, alpha=c_out), variance)
 
     def raw(self, y: Tensor, gamma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output F (n, C or 2 C, ...) itself, for objectives that are stated on it."""

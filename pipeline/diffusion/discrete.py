@@ -34,7 +34,7 @@ from pipeline.diffusion.decoders import (
 from pipeline.diffusion.denoiser import Denoiser, shaped
 from pipeline.diffusion.loss import Loss, Nodes, Regression, check_trains, draw_noise, draw_uniform, regress, table_of
 from pipeline.diffusion.randomness import StepKey
-from pipeline.diffusion.schedule import SCALINGS, step_variance
+from pipeline.diffusion.scaling import SCALINGS, step_variance
 from pipeline.diffusion.variational import BIT, prior_nats
 
 # --- the coefficients of each step --------------------------------------------------------------------------------

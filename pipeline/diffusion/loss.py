@@ -9,7 +9,7 @@ so that no form of the loss ever subtracts two nearly equal images, however smal
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -80,7 +80,7 @@ def drop_labels(conditioning: Conditioning, probability: float, key: StepKey) ->
         return conditioning
     draws = torch.rand(len(conditioning.label), generator=key.generator("label-dropout"))
     dropped = (draws < probability).to(conditioning.label.device)
-    return Conditioning(label=conditioning.label.masked_fill(dropped, NO_LABEL))
+    return replace(conditioning, label=conditioning.label.masked_fill(dropped, NO_LABEL))
 
 
 # --- densities: the law a uniform number is sent through to a level -------------------------------

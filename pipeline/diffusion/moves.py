@@ -17,7 +17,7 @@ from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.schedule import step_variance
+from pipeline.diffusion.scaling import step_variance
 
 FLOAT32_LOWEST = 2 * math.log(1e-4)  # below s = 1e-4 float32 y cannot carry the noise
 
@@ -169,13 +169,13 @@ def sde_moves(grid: Sequence[float], lam: float = 1.0) -> list[Move]:
     ]
 
 
-def ancestral_moves(grid: Sequence[float], variance: str = "beta_tilde", process: Process | None = None) -> list[Move]:
+def ancestral_moves(grid: Sequence[float], variance: str = "posterior", process: Process | None = None) -> list[Move]:
     """The posterior's mean r y + (1 - r) x_hat; variance beta-tilde, or beta in the scaling the model was trained in.
 
     Raises:
         ValueError: variance 'beta' without `process`.
     """
-    if variance == "beta_tilde":
+    if variance == "posterior":
         variances = posterior_variances(grid)
     elif process is None:
         raise ValueError("variance 'beta' or 'learned' depends on the scaling a model was trained in: give process=")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.choose import choose
-from pipeline.diffusion.schedule import SCALINGS, Schedule
+from pipeline.diffusion.scaling import SCALINGS
+from pipeline.diffusion.schedule import Schedule
 
 Row = tuple[Tensor, Tensor]
 

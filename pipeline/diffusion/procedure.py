@@ -63,8 +63,7 @@ class Answerer(Protocol):
 def _call(denoiser: Answerer, query: Query) -> Answer:
     """One network call, exactly the query's rows."""
     if query.probes is None:
-        shared = () if query.shared is None else (query.shared,)
-        prediction = denoiser(query.y, query.gamma, query.conditioning, *shared)
+        prediction = denoiser(query.y, query.gamma, query.conditioning, query.shared)
         return Answer(prediction.x_hat, prediction.variance)
     with torch.enable_grad():
         y = query.y.detach().requires_grad_()
@@ -163,20 +162,35 @@ def answer_queries(
     return [answers[index] for index in range(len(queries))]
 
 
+_OTHERS = tuple(tuple(range(1, n)) for n in range(9))  # all dimensions but the first, by how many there are
+_BLOCK = 64
+
+
 class FiniteWatch:
     """Remembers, without waiting for the device, whether the answers of a procedure were finite.
 
-    `check` waits once, at the end, and names the first that was not.
+    `check` waits once, at the end, and names the first that was not. What it remembers lies in blocks: small tensors
+    that stay, each made between two images that go, would keep the allocator from giving the same memory again (three
+    times the time of a step, where that happens).
     """
 
     def __init__(self) -> None:
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self._free: list[Tensor] = []
+
+    def _place(self, like: Tensor) -> Tensor:
+        """Where the sums (n,) of `like` (n, ...) may be kept."""
+        free, n = self._free, like.shape[0]
+        if not free or free[-1].shape[0] != n or free[-1].dtype != like.dtype:
+            self._free = free = list(like.new_empty(_BLOCK, n).unbind(0))
+        return free.pop()
 
     def note(self, query: Query, answer: Answer) -> None:
         """Keeps one sum an image, (n,): not finite where anything in it is not."""
-        total = answer.x_hat.flatten(1).sum(1)
+        x_hat = answer.x_hat
+        total = torch.sum(x_hat, _OTHERS[x_hat.ndim], out=self._place(x_hat))
         if answer.products is not None:
-            total = total + answer.products.flatten(2).sum(2).sum(0)
+            total += answer.products.flatten(2).sum(2).sum(0)
         self._seen.append((total, query.gamma))
 
     def check(self) -> None:
@@ -205,12 +219,13 @@ def drive(
     """
     named: Mapping[str, Answerer] = networks if isinstance(networks, Mapping) else {"main": networks}
     watch = FiniteWatch()
+    note, send = watch.note, procedure.send
     try:
         query = next(procedure)
         while True:
             answer = _answer(named, query, chunk)
-            watch.note(query, answer)
-            query = procedure.send(answer)
+            note(query, answer)
+            query = send(answer)
     except StopIteration as stop:
         watch.check()
         return stop.value

@@ -39,7 +39,7 @@ from pipeline.diffusion.moves import (
 )
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.schedule import prior_variance
+from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.second_order import dpmpp_2m, dpmpp_2m_sde, heun
 
 
@@ -98,17 +98,17 @@ def ancestral(
     noise: Noise,
     conditioning: Conditioning,
     *,
-    variance: str = "beta_tilde",
+    variance: str = "posterior",
     process: Process | None = None,
     clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2).
 
-    variance: 'beta_tilde', 'beta' or 'learned', which interpolates their logarithms (Nichol & Dhariwal 2021, eq. 15);
+    variance: 'posterior', 'beta' or 'learned', which interpolates their logarithms (Nichol & Dhariwal 2021, eq. 15);
     the latter two need `process`. No noise in the last move.
     """
-    if variance not in ("beta_tilde", "beta", "learned"):
-        raise ValueError(f"variance must be 'beta_tilde', 'beta' or 'learned', got '{variance}'")
+    if variance not in ("posterior", "beta", "learned"):
+        raise ValueError(f"variance must be 'posterior', 'beta' or 'learned', got '{variance}'")
     grid = levels(gammas, y)
     if variance == "learned":
         upper = ancestral_moves(grid, "beta", process)
@@ -124,7 +124,7 @@ def _learned(
     for index, ((weight, high), (_, low)) in enumerate(zip(upper, lower, strict=True)):
         answer = yield Query(y, level[index], conditioning, shared=grid[index])
         if answer.variance is None:
-            raise ValueError("variance 'learned' needs a network with learned variance; use 'beta' or 'beta_tilde'")
+            raise ValueError("variance 'learned' needs a network with learned variance; use 'beta' or 'posterior'")
         log_high, log_low = math.log(high), math.log(low)
         deviation = answer.variance.to(y.dtype).mul((log_high - log_low) / 2).add_((log_high + log_low) / 2).exp_()
         y.lerp_(answer.x_hat, weight).addcmul_(noise.normal_(draws), deviation)

@@ -1,22 +1,20 @@
-"""Noise schedules: the time law gamma(t), the scalings gamma -> (alpha, sigma), and the grids samplers walk on.
+"""Noise schedules: the time laws gamma(t).
 
-gamma = log(sigma^2 / alpha^2) = -log SNR is the only noise coordinate. t runs from 0 (data) to 1 (noise) over the part
+gamma = log(sigma^2 / alpha^2) = -log SNR is the only noise coordinate (`scaling`: what alpha and sigma are then;
+`grids`: the levels samplers ask at). t runs from 0 (data) to 1 (noise) over the part
 of the law that is kept; laws that reach infinity are cut. A law is told by three facts: `gamma(t)`, its inverse
 `time(gamma)`, and the end points `gamma_min`, `gamma_max`. Laws defined at T discrete steps also have `table`, gamma at
 step index 0..T-1, with t = index / (T - 1) and linear interpolation between the nodes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-from pipeline.choose import choose
 
 
 class _Special(Protocol):
@@ -198,7 +196,7 @@ class VP:
         return torch.log(torch.expm1(self._integral(t)))
 
     def time(self, gamma: Tensor) -> Tensor:
-        return self._inverse_integral(functional.softplus(gamma))
+        return self._inverse_integral(torch.log1p(torch.exp(gamma)))  # the bits of softplus depend on the place
 
     @property
     def gamma_min(self) -> float:
@@ -327,7 +325,8 @@ class Flow:
 
     def time(self, gamma: Tensor) -> Tensor:
         low, high = self._tau_ends()
-        return ((torch.sigmoid(gamma.double() / 2) - low) / (high - low)).to(gamma.dtype)
+        tau = 1 / (1 + torch.exp(gamma.double() / -2))  # the bits of torch.sigmoid depend on the place
+        return ((tau - low) / (high - low)).to(gamma.dtype)
 
 
 # --- learned laws (Kingma et al. 2021, appendix H) --------------------------------------------------------------------
@@ -438,129 +437,3 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear_gamma": LinearGamma,
     "learned": LearnedGamma,
 }
-
-
-# --- scalings ---------------------------------------------------------------------------------------------------------
-
-
-def _subvp_alpha(gamma: Tensor) -> Tensor:
-    s = torch.exp(gamma / 2)
-    return 2 / (s + torch.sqrt(s**2 + 4))
-
-
-# alpha as a function of gamma; sigma = alpha exp(gamma / 2) in all of them
-SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "vp": lambda gamma: torch.sigmoid(-gamma).sqrt(),
-    "ve": torch.ones_like,
-    "subvp": _subvp_alpha,
-    "flow": lambda gamma: torch.sigmoid(-gamma / 2),
-}
-
-
-def prior_variance(scaling: str, gamma_max: float) -> float:
-    """v of the prior y_1 ~ N(0, v I): 1 / alpha_1^2 where the model says z_1 ~ N(0, I), s_1^2 for 've'."""
-    if scaling == "ve":
-        return math.exp(gamma_max)
-    alpha = SCALINGS[scaling](torch.tensor(gamma_max, dtype=torch.float64))
-    return float(alpha**-2)
-
-
-def step_variance(scaling: str, gamma_t: Tensor, gamma_s: Tensor) -> Tensor:
-    """beta of a step in y: (sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) / alpha_s^2, the upper variance of DDPM."""
-    alpha = SCALINGS[scaling]
-    ratio = (alpha(gamma_t) / alpha(gamma_s)) ** 2
-    return ratio * torch.exp(gamma_t) * -torch.expm1(gamma_s - gamma_t)
-
-
-# --- grids: the levels a sampler queries, descending, float64 ---------------------------------------------------------
-
-
-def _uniform_t(schedule: Schedule, steps: int) -> Tensor:
-    return schedule.gamma(torch.linspace(1, 0, steps, dtype=torch.float64))
-
-
-def _uniform_gamma(schedule: Schedule, steps: int) -> Tensor:
-    return torch.linspace(schedule.gamma_max, schedule.gamma_min, steps, dtype=torch.float64)
-
-
-def _rho(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
-    """EDM's grid, s_i = (s_max^(1/rho) + i / (N - 1) (s_min^(1/rho) - s_max^(1/rho)))^rho (Karras et al. 2022)."""
-    first, last = (math.exp(g / 2 / rho) for g in (schedule.gamma_max, schedule.gamma_min))
-    return 2 * rho * torch.log(torch.linspace(first, last, steps, dtype=torch.float64))
-
-
-def _table(schedule: Schedule, name: str) -> Tensor:
-    table = getattr(schedule, "table", None)
-    if table is None:
-        raise ValueError(
-            f"grid '{name}' picks from a table of discrete steps, which {type(schedule).__name__} has not; "
-            f"use uniform_t, uniform_gamma or rho"
-        )
-    return table
-
-
-def _leading(schedule: Schedule, steps: int) -> Tensor:
-    """Indices 0, T // N, 2 (T // N), ..."""
-    table = _table(schedule, "leading")
-    return table[torch.arange(steps) * (len(table) // steps)].flip(0)
-
-
-def _trailing(schedule: Schedule, steps: int) -> Tensor:
-    """Indices round(T - i T / N) - 1 for i = 0..N-1."""
-    table = _table(schedule, "trailing")
-    index = (len(table) * (steps - torch.arange(steps, dtype=torch.float64)) / steps).round().long() - 1
-    return table[index]
-
-
-def _linspace(schedule: Schedule, steps: int) -> Tensor:
-    """Indices round(i (T - 1) / (N - 1)): both ends included."""
-    table = _table(schedule, "linspace")
-    return table[torch.linspace(0, len(table) - 1, steps, dtype=torch.float64).round().long()].flip(0)
-
-
-def _quadratic(schedule: Schedule, steps: int) -> Tensor:
-    """Indices floor(linspace(0, sqrt(0.8 T), N)^2) (Song et al. 2020, DDIM), each once: the first few can repeat.
-
-    So the grid may have fewer than N levels; the published code asks again there, and does not move.
-    """
-    table = _table(schedule, "quadratic")
-    index = torch.linspace(0, math.sqrt(0.8 * len(table)), steps, dtype=torch.float64).square().long()
-    return table[index[index.diff(prepend=index.new_tensor([-1])) > 0]].flip(0)
-
-
-GRIDS: dict[str, Callable[..., Tensor]] = {
-    "uniform_t": _uniform_t,
-    "uniform_gamma": _uniform_gamma,
-    "rho": _rho,
-    "leading": _leading,
-    "trailing": _trailing,
-    "linspace": _linspace,
-    "quadratic": _quadratic,
-}
-
-
-def explicit_grid(schedule: Schedule, indices: Sequence[int]) -> Tensor:
-    """The levels of any strictly increasing subsequence of a table's step indices, descending."""
-    table = _table(schedule, "explicit")
-    if list(indices) != sorted(set(indices)) or not indices or indices[0] < 0 or indices[-1] >= len(table):
-        raise ValueError(f"grid: indices must be strictly increasing within 0..{len(table) - 1}, got {list(indices)}")
-    return table[torch.tensor(list(indices))].flip(0)
-
-
-@torch.no_grad()
-def grid(name: str, schedule: Schedule, steps: int, **options: float) -> Tensor:
-    """The levels to query: gamma, float64 (steps,), strictly descending within the law's range ('quadratic': at most).
-
-    The last move, from the lowest level to s = 0, is no query.
-
-    Raises:
-        ValueError: unknown grid, steps < 1, or more steps than a table allows.
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if steps == 1:
-        return torch.tensor([schedule.gamma_max], dtype=torch.float64)
-    levels = choose(GRIDS, name, "grid")(schedule, steps, **options)
-    if not bool((levels.diff() < 0).all()):
-        raise ValueError(f"grid '{name}' with {steps} steps repeats a level; use fewer steps")
-    return levels

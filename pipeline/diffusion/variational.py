@@ -25,7 +25,8 @@ from pipeline.diffusion.decoders import PixelGrid, expected_softmax
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.loss import Loss, draw_noise, draw_uniform, regress
 from pipeline.diffusion.randomness import StepKey
-from pipeline.diffusion.schedule import SCALINGS, LearnedGamma, LinearGamma, Schedule, derivative
+from pipeline.diffusion.scaling import SCALINGS
+from pipeline.diffusion.schedule import LearnedGamma, LinearGamma, Schedule, derivative
 
 BIT = math.log(2)
 

@@ -105,7 +105,8 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     if request.size not in (None, "auto", f"{side}x{side}"):
         raise RequestError(f"this model makes images of {side}x{side} pixels, got '{request.size}'", "size")
     if request.n > config.max_images:
-        raise RequestError(f"at most {config.max_images} images a request, got {request.n}", "n")
+        more = f"python -m jobs.sample RUN_FILE --images {request.n} makes them as a shard set"
+        raise RequestError(f"at most {config.max_images} images a request, got {request.n}; {more}", "n")
     steps = config.steps if request.steps is None else request.steps
     if steps > config.max_steps:
         raise RequestError(f"at most {config.max_steps} steps, got {steps}", "steps")
@@ -198,14 +199,14 @@ def plan_likelihood(
     known = options_of(estimator)
     options = _checked_options(request.options, known, f"estimator '{request.estimator}'")
     labels = _labels(request.labels, n, model)
-    evaluations = scoring_evaluations(
-        {k: default for k, (_, default) in known.items()} | options, math.prod(model.config.shape)
-    )
+    how = Scoring(request.estimator, options)
+    completed = {k: default for k, (_, default) in known.items()} | model.scoring_options(how)
+    evaluations = scoring_evaluations(completed, math.prod(model.config.shape))
     _check_cost(n * evaluations, model, config, f"{n} images x {evaluations} network evaluations")
     pixels = torch.stack(
         [_decoded(data, f"images[{i}]", request.resize, model, config) for i, data in enumerate(encoded)]
     )
-    return LikelihoodPlan(pixels, labels, seed, Scoring(request.estimator, options), n * evaluations)
+    return LikelihoodPlan(pixels, labels, seed, how, n * evaluations)
 
 
 def _decoded(data: bytes, name: str, policy: str, model: Model, config: ServingConfig) -> Tensor:
@@ -266,9 +267,11 @@ def _checked_options(
 
 def scoring_evaluations(options: Mapping[str, Any], dimensions: int) -> int:
     """Expected network evaluations an image of an estimator with these options."""
-    for name in ("levels", "terms", "steps"):
-        if isinstance(options.get(name), int):
-            return max(1, options[name]) + max(0, int(options.get("decoder_draws", 0)))
+    gammas = options.get("gammas")  # of a bound over the steps of a table
+    counts = (options.get("levels"), options.get("terms"), options.get("steps") if gammas is None else len(gammas))
+    for count in counts:
+        if isinstance(count, int):
+            return max(1, count) + max(0, int(options.get("decoder_draws", 0)))
     products = dimensions if options.get("trace") == "exact" else max(1, int(options.get("probes", 1)))
     return ADAPTIVE_EVALUATIONS * (1 + PRODUCT_COST * products) * max(1, int(options.get("samples", 1)))
 

@@ -31,7 +31,7 @@ from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.schedule import VP
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 COUNT, STEPS, ROUNDS = 16, 500, 3
 TOLERANCES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)

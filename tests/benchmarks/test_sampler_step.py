@@ -2,9 +2,9 @@
 
     pytest -m slow -s tests/benchmarks/test_sampler_step.py
 
-'alone' is the sampler between an answer and its next query; 'whole' adds the driver with its watch for NaN and the
-denoiser's scaling and decoding, all but a network that returns a fixed tensor. diffusers' steps decode as well, those
-of k-diffusion do not. Setting up the grid is spread over the steps on both sides.
+'alone' is the sampler between an answer and its next query, as k-diffusion's steps are; 'decoded' adds the denoiser's
+scaling and decoding, as diffusers' steps have them; 'whole' adds the driver with its watch for NaN, which no peer has:
+all but a network that returns a fixed tensor. Setting up the grid is spread over the steps on both sides.
 """
 
 import json
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.grids import grid
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import Answer, Procedure, drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.samplers import SAMPLERS
-from pipeline.diffusion.schedule import LinearBeta, grid
+from pipeline.diffusion.schedule import LinearBeta
 from tests.diffusion.test_sampler_equivalence import LINEAR, diffusers, k_diffusion_sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")]
@@ -84,7 +85,18 @@ def alone(name: str, denoiser: Denoiser) -> Clocked:
     return run
 
 
-def whole(name: str, denoiser: Denoiser) -> Clocked:
+def bare(procedure: Procedure[Tensor], denoiser: Denoiser) -> None:
+    """A driver that looks after nothing."""
+    try:
+        query = next(procedure)
+        while True:
+            found = denoiser(query.y, query.gamma, query.conditioning, query.shared)
+            query = procedure.send(Answer(found.x_hat, found.variance))
+    except StopIteration:
+        return
+
+
+def driven(name: str, denoiser: Denoiser, driver: Callable[[Procedure[Tensor], Denoiser], object]) -> Clocked:
     def run() -> float:
         y, noise, ticks = torch.randn(SHAPE), Noise(range(16)), []
 
@@ -102,7 +114,7 @@ def whole(name: str, denoiser: Denoiser) -> Clocked:
         gammas = grid("uniform_t", denoiser.schedule, STEPS)
         procedure = SAMPLERS[name].start(denoiser.process, y, gammas, noise, NONE)
         setup = time.perf_counter() - begin
-        drive(ticking(procedure), denoiser)
+        driver(ticking(procedure), denoiser)
         times = [after - before for before, after in pairwise(ticks)]
         return spread(setup, times) * (SAMPLERS[name].evaluations(STEPS) / STEPS)
 
@@ -162,7 +174,8 @@ def measured() -> dict[str, float]:
     }
     for name in ("ddim", "euler", "dpmpp_2m", "heun", "ancestral", "euler_ancestral"):
         clocks[f"{name} alone"] = alone(name, denoiser)
-        clocks[f"{name} whole"] = whole(name, denoiser)
+        clocks[f"{name} decoded"] = driven(name, denoiser, bare)
+        clocks[f"{name} whole"] = driven(name, denoiser, drive)
         if name in PEERS:
             clocks[f"{name} of diffusers"] = of_diffusers(PEERS[name])
     try:
@@ -190,15 +203,19 @@ def test_an_ancestral_step_is_near_the_floor_of_its_noise(name: str, measured: d
     assert measured[f"{name} alone"] <= 1.25 * measured["noise floor"]
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
-def test_a_third_of_diffusers(name: str, measured: dict[str, float]) -> None:
-    assert measured[f"{name} alone"] <= measured[f"{name} of diffusers"] / 3
+@pytest.mark.parametrize(("name", "times"), [("ddim", 3.0), ("dpmpp_2m", 3.0), ("euler", 2.2)])
+def test_a_third_of_diffusers(name: str, times: float, measured: dict[str, float]) -> None:
+    """Both with scaling and decoding. Euler and DDIM are one step here, of which diffusers' Euler is its cheapest form:
+    2.4 to 3.7 times ours, by how its allocator fares.
+    """
+    assert measured[f"{name} decoded"] <= measured[f"{name} of diffusers"] / times
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m", "ancestral", "euler_ancestral"])
 def test_faster_than_diffusers_with_all_that_is_around(name: str, measured: dict[str, float]) -> None:
-    """With decoding, as theirs, and with the watch for NaN, which they have not."""
-    assert measured[f"{name} whole"] <= measured[f"{name} of diffusers"]
+    """With the watch for NaN, which they have not."""
+    least = {"ddim": 2.5, "euler": 1.8, "dpmpp_2m": 3.0}.get(name, 1.0)
+    assert measured[f"{name} whole"] <= measured[f"{name} of diffusers"] / least
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun"])

@@ -16,7 +16,8 @@ from pipeline.diffusion.likelihood import ESTIMATORS, PixelGrid
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import Answerer, drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.schedule import LinearGamma, prior_variance
+from pipeline.diffusion.scaling import prior_variance
+from pipeline.diffusion.schedule import LinearGamma
 
 PIXELS = PixelGrid()
 NONE = Conditioning()

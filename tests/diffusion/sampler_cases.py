@@ -13,7 +13,7 @@ from pipeline.diffusion.exact import GaussianMixture, diagonal_mixture, full_mix
 from pipeline.diffusion.procedure import Answer, Procedure, Query, drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.samplers import SAMPLERS
-from pipeline.diffusion.schedule import prior_variance
+from pipeline.diffusion.scaling import prior_variance
 
 NONE = Conditioning()
 LOW, HIGH = -9.0, 5.0
@@ -32,6 +32,26 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sde", {"lam": 0.4}),
     ("predictor_corrector", {"predictor": "euler", "corrector_steps": 2}),
 ]
+
+
+def pairwise(*sizes: int) -> list[tuple[int, ...]]:
+    """A covering array: rows of one value of each factor, 0..size-1, in which every pair of values of every two factors
+    comes together at least once. Greedy: each row starts from an open pair and closes as many others as it can.
+    """
+    factors = range(len(sizes))
+    open_pairs = {((i, a), (j, b)) for i in factors for j in range(i) for a in range(sizes[i]) for b in range(sizes[j])}
+    rows: list[tuple[int, ...]] = []
+    while open_pairs:
+        row = dict(min(open_pairs))
+        for k in sorted(set(factors) - set(row), key=lambda k: -sizes[k]):
+            gains = [
+                sum(tuple(sorted(((k, v), other), reverse=True)) in open_pairs for other in row.items())
+                for v in range(sizes[k])
+            ]
+            row[k] = gains.index(max(gains))
+        open_pairs -= {((i, row[i]), (j, row[j])) for i in factors for j in range(i)}
+        rows.append(tuple(row[k] for k in factors))
+    return rows
 
 
 def names(value: object) -> str | None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser, Process, shaped
 from pipeline.diffusion.parameterization import Parameterization
-from pipeline.diffusion.schedule import EDM, SCALINGS, Cosine, LearnedGamma, LinearBeta, LinearGamma, prior_variance
+from pipeline.diffusion.scaling import SCALINGS, prior_variance
+from pipeline.diffusion.schedule import EDM, Cosine, LearnedGamma, LinearBeta, LinearGamma
 
 NONE = Conditioning()
 F64 = torch.float64

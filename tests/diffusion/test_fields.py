@@ -15,7 +15,7 @@ from pipeline.diffusion.fields import FIELDS, QuantisedField, mat, matern, mix
 from pipeline.diffusion.likelihood import vlb
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.schedule import prior_variance
+from pipeline.diffusion.scaling import prior_variance
 
 F64 = torch.float64
 NONE = Conditioning()

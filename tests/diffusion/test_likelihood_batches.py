@@ -66,6 +66,36 @@ def test_bits_are_equal_in_batches_of_1_7_and_64(name: str, options: dict[str, A
             assert torch.equal(values.nan_to_num(-1), whole[key][:count].nan_to_num(-1)), (size, key)
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "channels", "options"),
+    [
+        ("vlb", 1, 3, {"levels": 7}),
+        ("vlb", 3, 1, {"levels": 7}),
+        ("vlb", 5, 1, {"levels": 7}),
+        ("vlb_discrete", 3, 3, {"steps": 30, "terms": 4}),
+        ("ode", 3, 1, {"samples": 2, "tolerance": 0.3}),
+    ],
+)
+def test_draws_do_not_depend_on_how_many_levels_are_asked_at_once(
+    name: str, side: int, channels: int, options: dict[str, Any]
+) -> None:
+    """Images of 3, 9, 25 and 27 numbers, fewer than and no multiple of the 16 that torch draws at once.
+
+    The bound asks as many levels at once as its rows hold, which depends on the number of images.
+    """
+    x, denoiser = grey_images(9, side, channels), small_denoiser(channels)
+    labels = Conditioning(torch.arange(9))
+    given = options if name == "ode" else {**options, "rows": 20}
+
+    def scored(start: int, stop: int) -> Tensor:
+        told, seeds = labels[torch.arange(start, stop)], range(start, stop)
+        return estimate(name, denoiser, x[start:stop], seeds=seeds, conditioning=told, chunk=4, **given).nats
+
+    whole = scored(0, 9)
+    assert torch.equal(torch.cat([scored(0, 2), scored(2, 9)]), whole)
+    assert torch.equal(torch.cat([scored(row, row + 1) for row in range(9)]), whole)
+
+
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_values_agree_without_the_policy(name: str, options: dict[str, Any]) -> None:
     """Within ten times the solver's tolerance, nats a dimension."""

@@ -12,9 +12,11 @@ from torch.distributions import Normal, kl_divergence
 from pipeline.diffusion.bounds import ancestral_steps, ddim_steps, step_divergence
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Prediction, Process
+from pipeline.diffusion.grids import grid
 from pipeline.diffusion.likelihood import PixelGrid
 from pipeline.diffusion.procedure import Answer
-from pipeline.diffusion.schedule import SCALINGS, Cosine, LinearBeta, LinearGamma, grid, prior_variance
+from pipeline.diffusion.scaling import SCALINGS, prior_variance
+from pipeline.diffusion.schedule import Cosine, LinearBeta, LinearGamma
 from tests.diffusion.likelihood_cases import (
     NONE,
     QuadratureNoise,
@@ -201,15 +203,20 @@ def _field_image(side: int) -> Tensor:
 
 
 def test_a_tenth_of_the_work_gives_the_full_sum() -> None:
-    """100 terms an image against all 1,000: equal within the reported error, which is small."""
+    """100 terms an image against all 1,000: the same number of bits/dim.
+
+    An image's own error is 0.09 bits/dim then (0.03 with every term), over these 60 images 0.012.
+    """
     oracle = gaussian_field(8)
-    x = _field_image(8).expand(30, 1, 8, 8)
+    x = _field_image(8).expand(60, 1, 8, 8)
     full = estimate("vlb_discrete", oracle, x, steps=1001)
-    part = estimate("vlb_discrete", oracle, x, seeds=range(100, 130), steps=1001, terms=100)
-    z = (full.nats - part.nats) / (full.standard_error**2 + part.standard_error**2).sqrt()
-    assert abs(float(z.mean())) * math.sqrt(30) < 4
+    part = estimate("vlb_discrete", oracle, x, seeds=range(100, 160), steps=1001, terms=100)
     assert int(full.evaluations[0]) == 10 * int(part.evaluations[0])
-    assert float(part.bits_per_dim_standard_error.mean()) < 0.1
+    gap = float((full.bits_per_dim - part.bits_per_dim).mean())
+    errors = full.bits_per_dim_standard_error.square() + part.bits_per_dim_standard_error.square()
+    error = float(errors.sum().sqrt()) / 60
+    assert error < 0.015
+    assert abs(gap) < 3 * error
 
 
 def test_the_control_variate_keeps_the_mean_and_halves_the_error() -> None:

@@ -11,7 +11,8 @@ from pipeline.diffusion.denoiser import Denoiser, shaped
 from pipeline.diffusion.loss import DENSITIES, WEIGHTS, draw_noise, draw_uniform, drop_labels, noisy, quarters
 from pipeline.diffusion.objective import OBJECTIVES, EDMLoss, Loss, Simple, Weighted
 from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
-from pipeline.diffusion.schedule import EDM, SCALINGS, Cosine, Flow, Geometric, LearnedGamma, LinearBeta, LinearGamma
+from pipeline.diffusion.scaling import SCALINGS
+from pipeline.diffusion.schedule import EDM, Cosine, Flow, Geometric, LearnedGamma, LinearBeta, LinearGamma
 from tests.diffusion.objective_cases import NONE, eps_error, gaussian_denoiser, key, on_grid
 
 X = on_grid(256, std=0.4)

@@ -14,7 +14,8 @@ from pipeline.diffusion.likelihood import ddim_bound, vlb_discrete
 from pipeline.diffusion.loss import Loss, draw_noise, noisy, regress
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.schedule import SCALINGS, Cosine, LinearBeta, LinearGamma
+from pipeline.diffusion.scaling import SCALINGS
+from pipeline.diffusion.schedule import Cosine, LinearBeta, LinearGamma
 from tests.diffusion.objective_cases import NONE, eps_error, gaussian_denoiser, key, on_grid
 
 X = on_grid(64, std=0.3)

@@ -14,7 +14,8 @@ from pipeline.diffusion.likelihood import vlb
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.schedule import EDM, SCALINGS, Flow, LearnedGamma, LinearGamma, derivative
+from pipeline.diffusion.scaling import SCALINGS
+from pipeline.diffusion.schedule import EDM, Flow, LearnedGamma, LinearGamma, derivative
 from pipeline.diffusion.variational import BIT, VLB, interior_surrogate, path, prior_nats, softmax_nats
 from tests.diffusion.objective_cases import NONE, eps_error, gaussian_denoiser, key, on_grid
 

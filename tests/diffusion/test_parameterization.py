@@ -1,12 +1,16 @@
 """Prediction types: rows, their inverse, and which pairs are refused."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
+from pipeline.diffusion.denoiser import INPUTS, LEVELS
 from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
-from pipeline.diffusion.schedule import SCALINGS, SCHEDULES, Flow, LinearGamma, Schedule
+from pipeline.diffusion.scaling import SCALINGS
+from pipeline.diffusion.schedule import SCHEDULES, Flow, LearnedGamma, LinearGamma, Schedule
 
 F64 = torch.float64
 PAIRS = list(itertools.product(PREDICTIONS, SCALINGS))
@@ -118,3 +122,45 @@ def test_a_row_whose_determinant_changes_sign_is_refused() -> None:
 def test_unknown_names_are_refused(row: Parameterization, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         row.check(Flow())
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+def same_bits_anywhere(function: Callable[[Tensor], Tensor], values: Tensor) -> bool:
+    """Whether each value gives the same bits alone, in batches of 7 and 64, and at any place of the whole."""
+    whole = function(values)
+    return all(
+        torch.equal(
+            torch.cat([function(values[i : i + n].clone()) for i in range(start, len(values), n)]), whole[start:]
+        )
+        for n in (1, 7, 64)
+        for start in (0, 3)
+    )
+
+
+GAMMAS = torch.linspace(-12, 4.9, 131, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_coefficients_have_the_same_bits_anywhere_in_a_batch(scaling: str) -> None:
+    assert same_bits_anywhere(SCALINGS[scaling], GAMMAS)
+    for prediction in PREDICTIONS:
+        p = Parameterization(prediction, scaling)
+        assert same_bits_anywhere(lambda g, p=p: torch.stack([*p.row(g), *p.decode(g)], -1), GAMMAS), prediction
+    for told in INPUTS.values():
+        assert same_bits_anywhere(lambda g, told=told: told(Parameterization("v", scaling), g), GAMMAS)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_levels_and_times_have_the_same_bits_anywhere_in_a_batch(name: str) -> None:
+    law = LearnedGamma(hidden=8) if name == "learned" else SCHEDULES[name]()
+    gammas = torch.linspace(law.gamma_min, law.gamma_max, 67, dtype=torch.float64)
+    assert same_bits_anywhere(lambda t: law.gamma(t).detach(), torch.linspace(0, 1, 131, dtype=torch.float64))
+    for told in LEVELS.values():
+        assert same_bits_anywhere(lambda g, told=told: told(law, g).detach(), gammas)
+
+
+def test_the_check_of_bits_sees_what_depends_on_the_place() -> None:
+    """torch.sigmoid, for one: what is left over after whole vectors goes through another routine."""
+    assert not same_bits_anywhere(torch.sigmoid, torch.linspace(-12, 4.9, 1031, dtype=torch.float64))

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser, Process, shaped
+from pipeline.diffusion.grids import grid
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.samplers import SAMPLERS
-from pipeline.diffusion.schedule import EDM, LinearBeta, Schedule, grid
+from pipeline.diffusion.schedule import EDM, LinearBeta, Schedule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -125,7 +126,7 @@ def test_ddim_of_diffusers(spacing: str, steps: int, eta: float) -> None:
 
 @pytest.mark.parametrize(
     ("variance", "variance_type"),
-    [("beta_tilde", "fixed_small"), ("beta", "fixed_large"), ("learned", "learned_range")],
+    [("posterior", "fixed_small"), ("beta", "fixed_large"), ("learned", "learned_range")],
 )
 def test_ddpm_of_diffusers(variance: str, variance_type: str) -> None:
     denoiser = table_denoiser(LinearBeta(100), learned_variance=variance == "learned")

@@ -12,22 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.diffusion.denoiser import INPUTS, LEVELS, Denoiser, Prediction
 from pipeline.diffusion.exact import gaussian, oracle_denoiser
+from pipeline.diffusion.grids import explicit_grid, grid
 from pipeline.diffusion.guidance import Clip
 from pipeline.diffusion.moves import ancestral_moves, ddim_moves, levels
 from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
 from pipeline.diffusion.procedure import Answer, drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.samplers import SAMPLERS, prior
-from pipeline.diffusion.schedule import (
-    SCALINGS,
-    SCHEDULES,
-    LearnedGamma,
-    LinearBeta,
-    LinearGamma,
-    explicit_grid,
-    grid,
-    prior_variance,
-)
+from pipeline.diffusion.scaling import SCALINGS, prior_variance
+from pipeline.diffusion.schedule import SCHEDULES, LearnedGamma, LinearBeta, LinearGamma
 from pipeline.diffusion.second_order import two_step_moves
 from tests.diffusion.sampler_cases import (
     DETERMINISTIC,
@@ -44,6 +37,7 @@ from tests.diffusion.sampler_cases import (
     mixture,
     names,
     one_move,
+    pairwise,
     slope,
     uniform_gamma,
 )
@@ -76,25 +70,51 @@ def test_points_do_not_depend_on_prediction_or_scaling(name: str, options: dict[
         assert torch.allclose(got, expected, rtol=1e-9, atol=1e-9), (prediction, scaling)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule_name", SCHEDULES)
-def test_complete_square(schedule_name: str) -> None:
-    """schedule x level x input x prediction x scaling x sampler."""
-    schedule = LearnedGamma(hidden=8) if schedule_name == "learned" else SCHEDULES[schedule_name]()
+def laws() -> dict[str, Any]:
+    return {name: LearnedGamma(hidden=8) if name == "learned" else law() for name, law in SCHEDULES.items()}
+
+
+def square_holds(schedule: Any, kind: tuple[str, str, str, str], name: str, options: dict[str, Any]) -> bool:
+    """Whether a perfect network of this kind (scaling, prediction, level, input) gives the oracle's own points."""
+    scaling, prediction, level, network_input = kind
     low, high = max(schedule.gamma_min, -14.0), schedule.gamma_max
     gammas, y = uniform_gamma(5, low, high), start(high=high)
-    for name, options in VARIANTS:
-        for scaling in SCALINGS:
-            process = Process(scaling, schedule.gamma_min, schedule.gamma_max, prior_variance(scaling, high))
-            expected = run(name, mixture(), gammas, y, process, **options)
-            for prediction, level, network_input in itertools.product(PREDICTIONS, LEVELS, INPUTS):
-                parameterization = Parameterization(prediction, scaling)
-                denoiser = oracle_denoiser(
-                    mixture(), schedule, parameterization, level=level, network_input=network_input
-                )
-                got = run(name, denoiser, gammas, y, process, **options)
-                # the inverse of a level's time law is exact to about 1e-9 in gamma
-                assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6), (name, prediction, scaling, level)
+    process = Process(scaling, schedule.gamma_min, schedule.gamma_max, prior_variance(scaling, high))
+    parameterization = Parameterization(prediction, scaling)
+    denoiser = oracle_denoiser(mixture(), schedule, parameterization, level=level, network_input=network_input)
+    expected = run(name, mixture(), gammas, y, process, **options)
+    # the inverse of a level's time law is exact to about 1e-9 in gamma
+    return torch.allclose(run(name, denoiser, gammas, y, process, **options), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_pairwise_covering_of_the_square() -> None:
+    """Every two of schedule, scaling, prediction, level, input and sampler meet; the whole of it is `slow`."""
+    schedules, scalings, predictions = list(laws().items()), list(SCALINGS), list(PREDICTIONS)
+    told, inputs = list(LEVELS), list(INPUTS)
+    rows = pairwise(*map(len, (schedules, scalings, predictions, told, inputs, VARIANTS)))
+    assert len(rows) < 1.5 * len(schedules) * len(VARIANTS)  # the least there could be, nearly
+    for a, b, c, d, e, f in rows:
+        kind = scalings[b], predictions[c], told[d], inputs[e]
+        assert square_holds(schedules[a][1], kind, *VARIANTS[f]), (schedules[a][0], kind, VARIANTS[f])
+
+
+def test_the_covering_covers() -> None:
+    sizes = (4, 3, 2, 5)
+    rows = pairwise(*sizes)
+    for i, j in itertools.combinations(range(4), 2):
+        assert {(row[i], row[j]) for row in rows} == set(itertools.product(range(sizes[i]), range(sizes[j])))
+    assert len(rows) < 30  # of 120
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
+def test_complete_square(schedule_name: str) -> None:
+    """schedule x scaling x prediction x level x input x sampler."""
+    schedule = laws()[schedule_name]
+    for kind in itertools.product(SCALINGS, PREDICTIONS, LEVELS, INPUTS):
+        for name, options in VARIANTS:
+            assert square_holds(schedule, kind, name, options), (kind, name, options)
 
 
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
@@ -252,7 +272,7 @@ def test_ancestral_step_is_ddpms(t: int) -> None:
     beta, a_t, a_s = betas[t], abar[t], abar[t - 1]
     mean = (a_s.sqrt() * beta * X_HAT + (1 - beta).sqrt() * (1 - a_s) * a_t.sqrt() * Y) / (1 - a_t)
     beta_tilde = beta * (1 - a_s) / (1 - a_t)
-    for variance, expected in (("beta_tilde", beta_tilde), ("beta", beta)):
+    for variance, expected in (("posterior", beta_tilde), ("beta", beta)):
         got_mean, got_deviation = moved("ancestral", gammas, process, variance=variance)
         assert got_mean == pytest.approx(float(mean / a_s.sqrt()), rel=1e-9)
         assert got_deviation == pytest.approx(float((expected / a_s).sqrt()), rel=1e-9)
@@ -451,6 +471,28 @@ def test_no_wait_for_the_device_and_no_unused_noise(
     assert count.random == draws * rows
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "heun", "ancestral", "sde", "predictor_corrector"])
+def test_the_driver_looks_at_the_device_once_for_all_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With decoding and the watch for NaN: as many reads by the host for 24 steps as for 6."""
+
+    class Net(torch.nn.Module):
+        def forward(self, z: Tensor, level: Tensor, conditioning: Any) -> Tensor:
+            return torch.tanh(z)
+
+    denoiser = Denoiser(Net(), LinearGamma(-9.0, 3.0), Parameterization("v"))
+
+    def reads(steps: int) -> int:
+        gammas = grid("uniform_gamma", denoiser.schedule, steps)
+        procedure = SAMPLERS[name].start(denoiser.process, torch.randn(3, 4), gammas, Noise(range(3)), NONE)
+        with monkeypatch.context() as patch, Count(patch) as count:
+            drive(procedure, denoiser)
+        return count.host
+
+    for steps in (6, 24):
+        reads(steps)  # coefficients, of numbers on the host, are computed once a level and kept
+        assert reads(steps) == 1
+
+
 def test_shared_levels_do_not_change_the_answer() -> None:
     """The fast path where a batch shares its level: equal to the row-wise one up to rounding of float32."""
     schedule = LinearBeta()
@@ -564,7 +606,7 @@ def test_float32_is_refused_below_what_it_can_carry() -> None:
         ("dpmpp_2m_sde", {"eta": math.nan}, "eta must be at least 0 and finite"),
         ("sde", {"lam": -1.0}, "lam must be at least 0"),
         ("heun", {"churn": -1.0}, "churn must be at least 0"),
-        ("ancestral", {"variance": "betas"}, "variance must be 'beta_tilde', 'beta' or 'learned'"),
+        ("ancestral", {"variance": "betas"}, "variance must be 'posterior', 'beta' or 'learned'"),
         ("langevin", {"step_size": 2.5}, "step_size must be above 0 and below 2"),
         ("langevin", {"steps_per_level": 0}, "steps_per_level must be at least 1"),
         ("predictor_corrector", {"snr": 0.0}, "snr must be above 0"),

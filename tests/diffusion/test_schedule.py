@@ -1,4 +1,4 @@
-"""Time laws, scalings and grids, against the published discrete formulas and finite differences."""
+"""Time laws, against the published discrete formulas and finite differences."""
 
 import math
 import re
@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.diffusion.scaling import SCALINGS
 from pipeline.diffusion.schedule import (
     EDM,
-    GRIDS,
-    SCALINGS,
     SCHEDULES,
     VP,
     Cosine,
@@ -24,10 +23,6 @@ from pipeline.diffusion.schedule import (
     LinearGamma,
     SubVP,
     derivative,
-    explicit_grid,
-    grid,
-    prior_variance,
-    step_variance,
 )
 
 F64 = torch.float64
@@ -193,100 +188,12 @@ def test_learned_gradients_reach_interior_and_ends_only_where_asked() -> None:
         assert (law.ends.grad is not None) == learn_ends
 
 
-# --- scalings ---------------------------------------------------------------------------------------------------------
-
-
-def test_prior_variances_of_the_theory_page() -> None:
-    """At gamma = 5: VP 149.41, sub-VP 150.41, flow 173.78, VE 148.41."""
-    got = {name: prior_variance(name, 5.0) for name in SCALINGS}
-    expected = {"vp": 149.41, "subvp": 150.41, "flow": 173.78, "ve": 148.41}
-    assert got == {name: pytest.approx(value, abs=0.006) for name, value in expected.items()}
-
-
-@pytest.mark.parametrize("name", SCALINGS)
-def test_step_variance_is_beta(name: str) -> None:
-    """(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) / alpha_s^2 straight from alpha and sigma; VP: DDPM's beta in y."""
-    g_t = torch.tensor([4.0, 1.0, -3.0], dtype=F64)
-    g_s = torch.tensor([3.0, 0.9, -5.0], dtype=F64)
-    a_t, a_s = SCALINGS[name](g_t), SCALINGS[name](g_s)
-    sigma_t, sigma_s = a_t * torch.exp(g_t / 2), a_s * torch.exp(g_s / 2)
-    expected = (sigma_t**2 - (a_t / a_s) ** 2 * sigma_s**2) / a_s**2
-    assert torch.allclose(step_variance(name, g_t, g_s), expected, rtol=1e-9)
-    if name == "vp":
-        v_t, v_s = torch.exp(g_t), torch.exp(g_s)
-        assert torch.allclose(expected, (v_t - v_s) * (1 + v_s) / (1 + v_t), rtol=1e-9)
-    if name == "ve":
-        assert torch.allclose(expected, torch.exp(g_t) - torch.exp(g_s), rtol=1e-9)
-
-
-def test_scalings_are_the_theory_pages() -> None:
-    gamma = torch.linspace(-20, 20, 81, dtype=F64)
-    s = torch.exp(gamma / 2)
-    alpha = {name: scaling(gamma) for name, scaling in SCALINGS.items()}
-    assert torch.allclose(alpha["vp"] ** 2 + (alpha["vp"] * s) ** 2, torch.ones_like(s), rtol=1e-12)
-    assert torch.equal(alpha["ve"], torch.ones_like(s))
-    assert torch.allclose(alpha["subvp"] * s, 1 - alpha["subvp"] ** 2, rtol=1e-6, atol=1e-15)
-    assert torch.allclose(alpha["flow"] + alpha["flow"] * s, torch.ones_like(s), rtol=1e-12)
-
-
-# --- grids ------------------------------------------------------------------------------------------------------------
-
-
-def indices(gammas: torch.Tensor, law: LinearBeta) -> list[int]:
-    """Step indices of levels that are nodes."""
-    position = law.time(gammas) * (law.steps - 1)
-    assert torch.allclose(position, position.round(), atol=1e-9)
-    return [int(i) for i in position.round()]
-
-
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-def test_grids_descend_within_the_range(name: str, steps: int) -> None:
-    law = LinearBeta()
-    gammas = grid(name, law, steps)
-    assert gammas.dtype == F64
-    assert len(gammas) == steps or (name == "quadratic" and len(gammas) == 49)  # of 50, index 0 comes twice
-    assert bool((gammas.diff() < 0).all())
-    assert float(gammas.max()) <= law.gamma_max + 1e-12
-    assert float(gammas.min()) >= law.gamma_min - 1e-12
-
-
-def test_each_grid_is_what_it_says() -> None:
-    law = LinearBeta()
-    assert indices(grid("leading", law, 50), law) == list(range(980, -1, -20))
-    assert indices(grid("leading", law, 30), law) == [i * 33 for i in range(29, -1, -1)]
-    for steps in (10, 30, 50):
-        trailing = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
-        assert indices(grid("trailing", law, steps), law) == trailing
-        assert trailing[0] == 999
-        linspace = [int(i) for i in np.linspace(0, 999, steps).round()[::-1]]
-        assert indices(grid("linspace", law, steps), law) == linspace
-        quadratic = sorted({int(i) for i in np.linspace(0, np.sqrt(800), steps) ** 2}, reverse=True)
-        assert indices(grid("quadratic", law, steps), law) == quadratic
-    assert indices(grid("uniform_t", law, 1000), law) == list(range(999, -1, -1))
-    assert indices(explicit_grid(law, [0, 5, 999]), law) == [999, 5, 0]
-    uniform = grid("uniform_gamma", EDM(), 11)
-    assert torch.allclose(uniform.diff(), uniform.diff()[:1].expand(10), rtol=1e-9)
-    rho = torch.exp(grid("rho", EDM(), 18) / 2).numpy()
-    i = np.arange(18) / 17
-    assert np.allclose(rho, (80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rtol=1e-12)
-    assert torch.exp(grid("rho", EDM(), 5, rho=3.0) / 2).numpy()[2] == pytest.approx(
-        (80 ** (1 / 3) / 2 + 0.002 ** (1 / 3) / 2) ** 3
-    )
-    assert torch.allclose(LinearGamma().time(grid("uniform_t", LinearGamma(), 5)), torch.linspace(1, 0, 5, dtype=F64))
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: grid("uniform_t", LinearGamma(), 0), "steps must be at least 1, got 0"),
-        (lambda: grid("leading", LinearGamma(), 5), "picks from a table of discrete steps, which LinearGamma has not"),
-        (lambda: grid("leading", LinearBeta(), 1001), "repeats a level"),
-        (lambda: grid("rhoo", LinearBeta(), 9), "did you mean 'rho'"),
-        (lambda: explicit_grid(LinearBeta(), [3, 2]), "strictly increasing within 0..999"),
-        (lambda: explicit_grid(LinearBeta(), [3, 3]), "strictly increasing"),
-        (lambda: explicit_grid(LinearBeta(), [0, 1000]), "strictly increasing"),
-        (lambda: explicit_grid(LinearBeta(), []), "strictly increasing"),
         (lambda: LinearBeta(steps=1), "schedule.steps must be at least 2"),
         (lambda: LinearBeta(steps=20).table, "use more than 20 steps"),
         (lambda: Cosine(steps=4000).table, "beyond gamma_limit 20"),
@@ -304,6 +211,6 @@ def test_each_grid_is_what_it_says() -> None:
         (lambda: EDM(p_std=0.0), "p_std"),
     ],
 )
-def test_bad_schedules_and_grids_are_refused(act: Callable[[], object], message: str) -> None:
+def test_bad_schedules_are_refused(act: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         act()

@@ -6,6 +6,7 @@ model, data and settings that is already there is shown, not repeated.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.data.manifest import load as load_manifest
 from pipeline.data.stream import held_out, train_images
 from pipeline.evaluation.features import Labelled
 from pipeline.evaluation.measure import Evaluation, Row, evaluate, load, passed, rows, save
+from pipeline.evaluation.work import Worker, here
 from pipeline.model import Model
 from pipeline.model import load as load_model
 
@@ -51,27 +53,35 @@ def stored(config: RunConfig) -> Evaluation | None:
     return load(_place(config), _key(config, load_model(model_url(config))))
 
 
-def run(config: RunConfig, model: Model | None = None) -> Evaluation:
-    """Evaluate the run's model. Needs a Ray session."""
+def run(config: RunConfig, model: Model | None = None, *, local: bool = False) -> Evaluation:
+    """Evaluate the run's model. Needs a Ray session unless `local`."""
     prepare_environment()
     model = model or load_model(model_url(config))
     found = load(_place(config), _key(config, model))
     if found is None:
-        found = _measure(config, model)
+        found = _measure(config, model, local)
         save(_place(config), found, _key(config, model))
         _track(config, model, found)
     show(rows(found, config.evaluation))
     return found
 
 
-def _measure(config: RunConfig, model: Model) -> Evaluation:
+def _worker(config: RunConfig, model: Model, local: bool) -> Worker:
+    if local:
+        if config.cluster.gpus_per_worker > 0:
+            model.denoiser.to("cuda")
+        return here(model)
     from pipeline.cluster.batch import ray_worker
 
+    return ray_worker(model, 1.0, config.cluster.gpus_per_worker)
+
+
+def _measure(config: RunConfig, model: Model, local: bool) -> Evaluation:
     manifest = load_manifest(config.stream.url, model.card["data"]["digest"])
     held, train = held_out(manifest), train_images(manifest, config.evaluation.judge_images)
     with phases("images") as progress:
         return evaluate(
-            ray_worker(model, 1.0, config.cluster.gpus_per_worker),
+            _worker(config, model, local),
             config.model.classes,
             Labelled(train.images, train.labels),
             Labelled(held.images, held.labels),
@@ -92,6 +102,7 @@ def main() -> None:
     parser = cli.parser("evaluate", __doc__ or "", ["stream", "model", "evaluation", "cluster", "tracking"])
     parser.add_argument("--model", help="another model than the run's: models:/NAME@alias or a model directory")
     parser.add_argument("--json", action="store_true", help="print the metrics as one line of JSON as well")
+    parser.add_argument("--local", action="store_true", help="one process, no Ray")
     args = parser.parse_intermixed_args()
 
     def job() -> int:
@@ -99,8 +110,8 @@ def main() -> None:
 
         config = load_config(args.run_file, args.overrides)
         model = pipeline.load(args.model, tracking_uri=config.tracking.uri) if args.model else None
-        with session(config.cluster.address):
-            found = run(config, model)
+        with nullcontext() if args.local else session(config.cluster.address):
+            found = run(config, model, local=args.local)
         if args.json:
             print(json.dumps(found.metrics()))
         return 0 if passed(rows(found, config.evaluation)) else 1

@@ -235,6 +235,7 @@ def unet_config_to_diffusers(architecture: Architecture) -> dict[str, Any]:
         "label_at": "output",
         "resample_projection": False,
         "augmentation_labels": 0,
+        "fourier_exponents": (),
     }
     for name, value in needed.items():
         if getattr(config, name) != value:

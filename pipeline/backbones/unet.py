@@ -18,15 +18,18 @@ from pipeline.backbones.layers import (
     Attention,
     EmbeddingDenominator,
     EmbeddingOrder,
-    dropout,
     fast_layout,
     group_norm,
+    kept_scale,
     label_embedding,
     norm_silu,
+    normalised,
     paired,
+    silu_dropout,
     sinusoidal_embedding,
 )
 from pipeline.backbones.options import at_least, positive, probability, settle
+from pipeline.backbones.vdm import check_exponents, fourier_features
 from pipeline.diffusion.conditioning import Conditioning
 
 Resize = Literal["none", "down", "up"]
@@ -57,6 +60,9 @@ class UNetConfig:
     embedding_denominator: Annotated[EmbeddingDenominator, "sinusoidal: spacing of log frequencies"] = "half_minus_1"
     level_scale: Annotated[float, "the noise level is multiplied by this before it is embedded"] = 1.0
     fourier_scale: Annotated[float, "fourier: standard deviation of the frequencies"] = 16.0
+    fourier_exponents: Annotated[
+        tuple[int, ...], "k of input features sin and cos(2^k 2 pi z), as in VDM; 7: a period a grey level"
+    ] = ()
     label_at: Annotated[Literal["input", "output"], "of the noise embedding's two layers: labels join here"] = "output"
     augmentation_labels: Annotated[int, "numbers that describe the augmentation of an image (EDM: 9); 0: none"] = 0
     init: Annotated[Literal["xavier", "torch"], "weights: Xavier uniform, zero biases; or torch's default"] = "xavier"
@@ -79,6 +85,7 @@ class UNetConfig:
         at_least(self, 0, "augmentation_labels", "last_gain", "attention_gain")
         positive(self, "skip_scale", "norm_eps", "level_scale", "fourier_scale")
         probability(self, "dropout")
+        check_exponents(self.fourier_exponents)
 
     @property
     def embedding_width(self) -> int:
@@ -127,10 +134,11 @@ class Block(nn.Module):
         modulation = self.modulation(emb)[:, :, None, None]
         if self.scaled:
             scale, shift = modulation.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+            h = torch.addcmul(shift, normalised(h, self.norm2), 1 + scale)
         else:
-            h = norm_silu(h.add_(modulation), self.norm2)
-        h = self.conv2(dropout(h, self.dropout, self.training))
+            h = normalised(h.add_(modulation), self.norm2)
+        h = silu_dropout(h, self.dropout, self.training)
+        h = F.conv2d(h, kept_scale(self.conv2.weight, self.dropout, self.training), self.conv2.bias, padding=1)
         h = h.add_(self.skipped(x))  # no backward needs a convolution's output: summing in place is safe
         h = h if self.skip_scale == 1 else h.mul_(self.skip_scale)
         return h if self.attention is None else self.attention(h)
@@ -194,7 +202,7 @@ class UNet(nn.Module):
             nn.Linear(config.augmentation_labels, base, bias=False) if config.augmentation_labels else None
         )
 
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels * (1 + 2 * len(config.fourier_exponents)), width, 3, padding=1)
         self.encoder, skips = nn.ModuleList(), [width]
         for i, (resolution, multiplier) in enumerate(zip(resolutions, config.multipliers, strict=True)):
             if i > 0:
@@ -231,7 +239,7 @@ class UNet(nn.Module):
             ValueError: labels for a network without classes.
         """
         emb = self.embed(level, conditioning)
-        h = fast_layout(self.conv_in(z))
+        h = fast_layout(self.conv_in(fourier_features(z, self.config.fourier_exponents)))
         skips = [h]
         for stage in self.encoder:
             h = stage(h, emb)
@@ -253,15 +261,31 @@ class UNet(nn.Module):
             emb = sinusoidal_embedding(level, config.base_width, config.embedding_order, config.embedding_denominator)
         emb = emb.to(self.map1.weight.dtype)
         label = label_embedding(self.labels, conditioning)
-        described = getattr(conditioning, "augmentation", None)
-        if self.augmentation is not None and described is not None:
-            emb = emb + self.augmentation(described)
+        described = self.described(conditioning, len(level))
+        emb = emb if described is None else emb + described
         if label is not None and config.label_at == "input":
             emb = emb + label
         emb = self.map2(F.silu(self.map1(emb)))
         if label is not None and config.label_at == "output":
             emb = emb + label
         return F.silu(emb)
+
+    def described(self, conditioning: Conditioning, count: int) -> Tensor | None:
+        """What the first layer is told of each image's augmentation; None given is zeros: nothing was done to it.
+
+        Raises:
+            ValueError: the network takes none, or another number of them.
+        """
+        given, taken = conditioning.augmentation, self.config.augmentation_labels
+        if given is not None and given.shape != (count, taken):
+            raise ValueError(
+                f"augmentation of shape {tuple(given.shape)} was given to {count} rows of a network with "
+                f"augmentation_labels {taken}"
+            )
+        if self.augmentation is None:
+            return None
+        weight = self.augmentation.weight
+        return self.augmentation(weight.new_zeros(count, taken) if given is None else given.to(weight.dtype))
 
 
 def checked_resolutions(config: UNetConfig, size: int) -> list[int]:

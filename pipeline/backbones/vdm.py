@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from pipeline.backbones.layers import (
     Attention,
-    dropout,
     fast_layout,
     group_norm,
+    kept_scale,
     label_embedding,
     norm_silu,
+    normalised,
+    silu_dropout,
     sinusoidal_embedding,
 )
 from pipeline.backbones.options import at_least, positive, probability, settle
@@ -53,16 +55,23 @@ class VDMConfig:
         at_least(self, 1, "layers", "norm_groups", "norm_group_width")
         positive(self, "norm_eps", "level_scale")
         probability(self, "dropout")
-        if any(not -8 <= k <= 16 for k in self.fourier_exponents):
-            raise ValueError(f"fourier_exponents is {self.fourier_exponents}; whole numbers from -8 to 16 are needed")
+        check_exponents(self.fourier_exponents)
 
     def norm(self, width: int) -> nn.GroupNorm:
         """The GroupNorm of a layer of `width` channels. Raises ValueError where the groups do not divide it."""
         return group_norm(width, self.norm_groups, self.norm_group_width, self.norm_eps)
 
 
+def check_exponents(exponents: tuple[int, ...]) -> None:
+    """Raises ValueError where the frequencies of `fourier_features` would say nothing about an image."""
+    if any(not -8 <= k <= 16 for k in exponents):
+        raise ValueError(f"fourier_exponents is {exponents}; whole numbers from -8 to 16 are needed")
+
+
 def fourier_features(z: Tensor, exponents: tuple[int, ...]) -> Tensor:
     """z (n, c, h, w) and sin, cos(2^k 2 pi z) of each channel, (n, c (1 + 2 len(exponents)), h, w)."""
+    if not exponents:
+        return z
     angles = [2.0**k * 2 * math.pi * z for k in exponents]
     return torch.cat([z, *(angle.sin() for angle in angles), *(angle.cos() for angle in angles)], dim=1)
 
@@ -84,7 +93,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(norm_silu(x, self.norm1)).add_(self.modulation(emb)[:, :, None, None])
-        h = self.conv2(dropout(norm_silu(h, self.norm2), self.dropout, self.training))
+        h = silu_dropout(normalised(h, self.norm2), self.dropout, self.training)
+        h = F.conv2d(h, kept_scale(self.conv2.weight, self.dropout, self.training), self.conv2.bias, padding=1)
         h = h.add_(x if self.skip is None else self.skip(x))
         return h if self.attention is None else self.attention(h)
 

@@ -136,7 +136,12 @@ def judge(
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-ESTIMATOR_NAMES = {"vlb": "variational bound", "ode": "probability-flow ODE"}
+ESTIMATOR_NAMES = {
+    "vlb": "variational bound",
+    "vlb_discrete": "bound over T steps",
+    "ddim_bound": "DDIM's bound over T steps",
+    "ode": "probability-flow ODE",
+}
 
 
 def _percent(share: Estimate) -> str:

@@ -209,6 +209,7 @@ def test_dit_to_diffusers_gives_the_same_outputs() -> None:
         ("level_scale", 1000.0),
         ("label_at", "input"),
         ("augmentation_labels", 9),
+        ("fourier_exponents", (6, 7)),
         ("norm_groups", 32),  # fewer groups in narrow layers
     ],
 )

@@ -16,8 +16,10 @@ from pipeline.backbones.layers import (
     EmbeddingDenominator,
     EmbeddingOrder,
     attend,
-    dropout,
     dropped_positions,
+    kept_scale,
+    normalised,
+    silu_dropout,
     sinusoidal_embedding,
 )
 from pipeline.backbones.unet import Block, UNetConfig, resized
@@ -173,13 +175,31 @@ def test_dropout_scales_and_its_gradient_has_the_same_mask(
 ) -> None:
     torch.manual_seed(0)
     leaf = (torch.randn(4, 8, 6, 6).abs() + 0.1).contiguous(memory_format=layout).requires_grad_()
-    out = dropout(leaf * 1, 0.25, training=True)
+    out = silu_dropout(leaf, 0.25, training=True)
     kept = out != 0
     assert 0.6 < kept.float().mean() < 0.9
-    torch.testing.assert_close(out, torch.where(kept, leaf / 0.75, 0.0))
+    torch.testing.assert_close(out, torch.where(kept, F.silu(leaf), 0.0))
     upstream = torch.randn(4, 8, 6, 6).contiguous(memory_format=grad_layout)
     (grad,) = torch.autograd.grad(out, leaf, upstream)
-    torch.testing.assert_close(grad, torch.where(kept, upstream / 0.75, 0.0))
+    (expected,) = torch.autograd.grad(F.silu(leaf), leaf, torch.where(kept, upstream, 0.0))
+    torch.testing.assert_close(grad, expected)
+    kernel = torch.randn(2, 2)
+    torch.testing.assert_close(kept_scale(kernel, 0.25, training=True), kernel / 0.75)
+    assert kept_scale(kernel, 0.25, training=False) is kernel
+    assert kept_scale(kernel, 0.0, training=True) is kernel
+
+
+def test_a_block_keeps_its_mean_under_dropout() -> None:
+    """The factor on the kernel makes the expectation of the training output that of the evaluation."""
+    torch.manual_seed(0)
+    config = UNetConfig(base_width=8, dropout=0.4, last_gain=1.0)
+    block, x, emb = Block(config, 8, 8, attention=False), torch.randn(1, 8, 4, 4), torch.randn(1, 32)
+    with torch.no_grad():
+        expected = block.eval()(x, emb)
+        block.train()
+        runs = torch.stack([block(x, emb) for _ in range(4000)])
+    error = (runs.mean(0) - expected) / (runs.std(0) / math.sqrt(len(runs)))
+    assert error.abs().max() < 5
 
 
 def test_dropout_follows_the_global_seed_and_does_nothing_in_evaluation() -> None:
@@ -187,22 +207,23 @@ def test_dropout_follows_the_global_seed_and_does_nothing_in_evaluation() -> Non
 
     def run(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return dropout(x.clone(), 0.3, training=True)
+        return silu_dropout(x.clone(), 0.3, training=True)
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
     before = torch.get_rng_state()
-    assert dropout(x, 0.3, training=False) is x
-    assert dropout(x, 0.0, training=True) is x
+    assert torch.equal(silu_dropout(x, 0.3, training=False), F.silu(x))
+    assert torch.equal(silu_dropout(x, 0.0, training=True), F.silu(x))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_takes_views() -> None:
     torch.manual_seed(0)
     leaf = torch.rand(2, 8, 6, 6, requires_grad=True)
-    out = dropout((leaf + 1).permute(0, 3, 1, 2), 0.25, training=True)
+    out = silu_dropout((leaf + 1).permute(0, 3, 1, 2), 0.25, training=True)
     (grad,) = torch.autograd.grad(out.sum(), leaf)
-    torch.testing.assert_close(grad, (out != 0).float().permute(0, 2, 3, 1) / 0.75)
+    (expected,) = torch.autograd.grad((F.silu(leaf + 1) * (out != 0).permute(0, 2, 3, 1)).sum(), leaf)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_dropout_differentiates_twice() -> None:
@@ -210,7 +231,29 @@ def test_dropout_differentiates_twice() -> None:
 
     def f(x: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return dropout(x.sin(), 0.3, training=True).square()
+        return silu_dropout(x.sin(), 0.3, training=True).square()
 
     assert torch.autograd.gradcheck(f, (x,))
     assert torch.autograd.gradgradcheck(f, (x,))
+
+
+# --- group norm -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [3, 6])
+def test_narrow_groups_have_torchs_gradients(groups: int) -> None:
+    """Once and twice, where torch's own kernel would be the slow one; elsewhere it is torch's kernel."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(groups, 6, eps=1e-3).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    wide = torch.randn(2, 6, 3, 4, dtype=torch.float64) + 3
+    x = wide.contiguous(memory_format=torch.channels_last).requires_grad_()
+    leaves = (x, norm.weight, norm.bias)
+    g = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    made = normalised(x, norm)
+    assert "NarrowGroupNorm" in type(made.grad_fn).__name__
+    assert "NarrowGroupNorm" not in type(normalised(wide.requires_grad_(), norm).grad_fn).__name__
+    for mine, theirs in zip(torch.autograd.grad(made, leaves, g), torch.autograd.grad(norm(x), leaves, g), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert torch.autograd.gradgradcheck(lambda x, w, b: normalised(x, norm), leaves)

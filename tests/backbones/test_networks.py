@@ -38,6 +38,9 @@ CONFIGS: dict[str, BackboneConfig] = {
         embedding="fourier",
         init="torch",
     ),
+    "unet, Fourier features of z": UNetConfig(
+        base_width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), fourier_exponents=(6, 7)
+    ),
     "vdm": VDMConfig(width=16, layers=2),
     "dit": DiTConfig(width=32, layers=2, heads=4),
     "mlp": MLPConfig(width=32, blocks=2),
@@ -115,11 +118,6 @@ def test_no_label_adds_nothing(name: str) -> None:
     assert (labelled[::2] - without[::2]).abs().amax((1, 2, 3)).min() > 1e-3
 
 
-@dataclasses.dataclass(frozen=True)
-class Augmented(Conditioning):
-    augmentation: Tensor | None = None
-
-
 def test_augmentation_labels_enter_the_unet() -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL_UNET, augmentation_labels=9, last_gain=1.0)
@@ -128,10 +126,16 @@ def test_augmentation_labels_enter_the_unet() -> None:
     described = torch.zeros(4, 9)
     described[1, 4] = 1.0
     without = made(z, level, Conditioning())
-    with_them = made(z, level, Augmented(augmentation=described))
+    with_them = made(z, level, Conditioning(augmentation=described))
     changed = (with_them - without).abs().amax((1, 2, 3))
     assert changed[1] > 1e-4
     assert changed[[0, 2, 3]].max() < 1e-5
+    made.train()(z, level, Conditioning()).sum().backward()
+    assert all(p.grad is not None for p in made.parameters()), "a training without augmentation goes on"
+    with pytest.raises(ValueError, match=r"augmentation of shape \(4, 3\) .* augmentation_labels 9"):
+        made(z, level, Conditioning(augmentation=torch.zeros(4, 3)))
+    with pytest.raises(ValueError, match="augmentation_labels 0"):
+        network("unet")(z, level, Conditioning(augmentation=described))
 
 
 @every
@@ -182,7 +186,7 @@ def test_first_derivative_against_finite_differences(name: str) -> None:
     made = network(name).double()
     z, level = inputs(1)
     z, direction = z.double().requires_grad_(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
-    if name == "vdm":  # its sinusoids of period 1/128 leave a smaller step
+    if name in ("vdm", "unet, Fourier features of z"):  # their sinusoids of period 1/128 leave a smaller step
         direction = direction * 1e-2
     probe = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     f = lambda x: (made(x, level, Conditioning()) * probe).sum()  # noqa: E731
@@ -273,6 +277,7 @@ def test_the_state_is_parameters_only_and_builds_on_the_meta_device(name: str) -
         (SMALL_UNET, {"modulation": "film"}, "modulation"),
         (SMALL_UNET, {"norm_eps": 0.0}, "norm_eps"),
         (CONFIGS["vdm"], {"width": 3}, "width"),
+        (SMALL_UNET, {"fourier_exponents": (-9,)}, "fourier_exponents"),
         (CONFIGS["vdm"], {"fourier_exponents": (99,)}, "fourier_exponents"),
         (CONFIGS["dit"], {"heads": 5}, "heads"),
         (CONFIGS["mlp"], {"blocks": 0}, "blocks"),

@@ -5,9 +5,13 @@ Refused where the evaluation misses what the run file demands of it (evaluation.
 evaluation.max_frechet_ratio).
 """
 
+from collections.abc import Callable
+
 from jobs import cli
 from jobs.evaluate import model_url, stored
+from pipeline import interchange
 from pipeline import model as models
+from pipeline.choose import choose
 from pipeline.config import RunConfig, load_config
 from pipeline.data import storage
 from pipeline.evaluation.measure import Evaluation, passed, rows
@@ -47,15 +51,32 @@ def run(config: RunConfig, found: Evaluation | None, alias: str = "champion") ->
     return version
 
 
+def export(config: RunConfig, form: str, folder: str) -> None:
+    """Write the run's model in another library's form. ValueError where that cannot express it; names what."""
+    choose(EXPORTS, form, "form to export to")(models.load(model_url(config)), folder)
+    cli.console.print(f"  the model for {form} at {folder}")
+
+
+EXPORTS: dict[str, Callable[[models.Model, str], None]] = {"diffusers": interchange.export}
+
+
 def main() -> None:
     parser = cli.parser("register", __doc__ or "", ["evaluation", "tracking"])
     parser.add_argument("--alias", default="champion", help="alias that will point to the version [champion]")
+    parser.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("diffusers", "DIR"),
+        help="also write DIR, which DDPMPipeline.from_pretrained opens",
+    )
     parser.add_argument("--unmeasured", action="store_true", help="register without an evaluation")
     args = parser.parse_intermixed_args()
 
     def job() -> None:
         config = load_config(args.run_file, args.overrides)
         found = None if args.unmeasured else _stored(config)
+        if args.export:
+            export(config, *args.export)
         run(config, found, args.alias)
 
     cli.main(job)

@@ -25,6 +25,8 @@ class Terminal:
         match event:
             case say.Started():
                 self._started(event)
+            case say.Prepared():
+                self._prepared(event)
             case say.Step():
                 self.notes["loss"] = f"loss {event.metrics['loss']:.4f}"
             case say.Evaluated():
@@ -44,9 +46,14 @@ class Terminal:
             cli.console.print(f"  not used: {line}")
         start = f"going on from {event.checkpoint}" if event.checkpoint else "from the start"
         cli.console.print(
-            f"  {event.parameters:,} parameters, batch {event.batch_size}, {event.world_size} workers, "
-            f"{event.precision}; {start}"
+            f"  {event.parameters:,} parameters, batch {event.batch_size}, {event.world_size} workers, {start}"
         )
+
+    def _prepared(self, event: say.Prepared) -> None:
+        tried = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in event.forward_backward_s.items())
+        chosen = f"{event.precision} (forward and backward: {tried})" if tried else event.precision
+        work, peak = event.flops_per_image / 1e9, event.peak_flops / 1e12
+        cli.console.print(f"  {chosen}; {work:.2f} GFLOP an image, matrix products at {peak:.2f} TFLOP/s")
 
 
 def run(config: RunConfig, *, local: bool = False) -> say.Finished:

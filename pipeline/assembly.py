@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import pipeline
+from pipeline import interchange
 from pipeline.choose import build as build_choice
 from pipeline.data import storage
 from pipeline.data.manifest import Manifest
@@ -56,7 +57,7 @@ def assemble(
         torch.manual_seed(key_seed("initial weights", config.seed))
         denoiser = build(config.model)
     if config.init is not None:
-        start_from(denoiser, config.init, config.tracking.uri)
+        start_from(denoiser, config.model, config.init, config.tracking.uri)
     held = _Held(config, manifest)
     return Task(
         config=config.training,
@@ -132,12 +133,18 @@ def fits(model: ModelConfig, manifest: Manifest) -> None:
         )
 
 
-def start_from(denoiser: Denoiser, url: str, tracking_uri: str | None) -> None:
-    """Copies the weights of a model version or directory into a fresh denoiser.
+def start_from(denoiser: Denoiser, config: ModelConfig, url: str, tracking_uri: str | None) -> None:
+    """Copies the weights of a model version or directory, or of a local diffusers folder, into a fresh denoiser.
 
     Raises:
         RunError: they do not fit.
     """
+    if interchange.is_diffusers(url):
+        try:
+            interchange.start_from(denoiser.network, config, url)
+        except ValueError as error:
+            raise RunError(f"init: {error}") from None
+        return
     weights = pipeline.load(url, tracking_uri=tracking_uri).denoiser.state_dict()
     try:
         denoiser.load_state_dict(weights)

@@ -27,6 +27,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"pipeline.choose", "pipeline.diffusion", "pipeline.backbones", "pipeline.data"},
         {"torch", "safetensors"},
     ),
+    "pipeline/interchange.py": (
+        {"pipeline.choose", "pipeline.diffusion", "pipeline.backbones", "pipeline.model"},
+        {"torch", "safetensors"},
+    ),
     "pipeline/evaluation": (
         {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.model"},
         {"torch", "numpy", "scipy", "sklearn", "matplotlib", "safetensors", "cv2"},
@@ -41,6 +45,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "pipeline.config",
             "pipeline.data",
             "pipeline.diffusion",
+            "pipeline.interchange",
             "pipeline.model",
             "pipeline.training",
         },

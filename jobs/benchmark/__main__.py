@@ -12,8 +12,9 @@ import sys
 BENCHMARKS = {  # module jobs.benchmark.NAME, and what it measures
     "systems": "ten published systems on the digits: bits/dim by every estimator, sample quality",
     "known_entropy": "a model trained on fields whose entropy is known: the gap of its likelihood to the truth",
-    "step": "time of a sampler step outside the network, and of a likelihood evaluation, against peers",
-    "serve": "latency and throughput of the serving engine under a load of mixed requests",
+    "step": "a whole training step beside diffusers' and a bare convolution; on a GPU also MFU",
+    "engine": "the serving engine alone beside a bare loop over the same network, on any device",
+    "serve": "a running endpoint: capacity, latency against load, how many replicas that asks for",
 }
 
 

@@ -185,6 +185,13 @@ class TrackedRun:
             tag(self.run_id, "world_size", str(event.world_size))
             if event.checkpoint is not None:
                 tag(self.run_id, "resumed_from", event.checkpoint)
+        elif isinstance(event, say.Prepared):
+            tag(self.run_id, "precision", event.precision)
+            tag(
+                self.run_id,
+                "prepared",
+                json.dumps({k: v for k, v in vars(event).items() if k not in ("step", "images")}),
+            )
         elif isinstance(event, say.Finished):
             tag(self.run_id, "ended", event.reason)
 

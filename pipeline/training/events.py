@@ -32,11 +32,30 @@ class Started(Event):
 
 
 @dataclass(frozen=True)
+class Prepared(Event):
+    """What was found out before the first step of this process.
+
+    precision: that of the steps. forward_backward_s: seconds of one logical shard in each precision that was tried.
+    flops_per_image: operations of its forward and backward pass. peak_flops: operations a second of the best square
+    matrix product in that precision, on this worker's device. compile, checkpoint_activations: as configured.
+    """
+
+    precision: str
+    forward_backward_s: dict[str, float]
+    flops_per_image: float
+    peak_flops: float
+    compile: str
+    checkpoint_activations: bool
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """Means over the steps since the last one.
 
     Keys: loss, part/NAME for the objective's parts, loss_quarter_1..4 (quarters of the gamma range, low noise first),
-    grad_norm, learning_rate, images_per_s, data_wait (share of the time spent waiting for data), skipped_steps.
+    grad_norm, learning_rate, images_per_s, data_wait (share of the time spent waiting for data), skipped_steps, tflops
+    (of a worker; operations of forward and backward, 1e12 a second), mfu (its share of the peak), peak_memory_gib (the
+    most that this worker has held).
     """
 
     metrics: dict[str, float]
@@ -97,6 +116,7 @@ KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
         Started,
+        Prepared,
         Step,
         Evaluated,
         Samples,

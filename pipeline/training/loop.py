@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Protocol
 
@@ -25,13 +26,16 @@ from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.loss import Objective
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training import events as say
+from pipeline.training import hardware
 from pipeline.training.checkpoint import Saver, State, folder, newest
 from pipeline.training.ema import EMA, decay
 from pipeline.training.optim import LAWS, AdamW, clip_scale, gradient_norm, learning_rate
+from pipeline.training.prepare import COMPILE, checkpoint_blocks, compile_blocks, laid_out
 from pipeline.training.restore import RunError, restore
 from pipeline.training.step import Place, Table, TrainingModule, backward, tabulate
 
-PRECISIONS = ("fp32", "bf16")
+AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = (*AUTOCAST, "auto")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class TrainingConfig:
     ema_half_life_images: Annotated[float, "half-life of the weights' moving average, images"] = 500_000
     ema_ramp_up: Annotated[float | None, "the half-life is at most this share of the images seen; null: no ramp"] = 0.05
     label_dropout: Annotated[float, "share of images trained without their label, for guidance"] = 0.0
-    precision: Annotated[str, "fp32, or bf16 (autocast; refused where the hardware has no bf16)"] = "fp32"
+    precision: Annotated[str, "fp32, bf16 (autocast, where the hardware has it), or auto: the faster here"] = "fp32"
+    compile: Annotated[str, "of the network's blocks, at the first step: " + ", ".join(COMPILE)] = "none"
+    checkpoint_activations: Annotated[bool, "keep less memory and compute each block twice"] = False
     log_every_images: Annotated[int, "images between two points of the loss curve"] = 2_048
     evaluate_every_images: Annotated[int, "images between two held-out bits/dim; 0: at the end only"] = 50_000
     evaluate_images: Annotated[int, "held-out images of such a measurement; 0: none is made"] = 1_000
@@ -84,6 +90,7 @@ class TrainingConfig:
         if self.precision not in PRECISIONS:
             raise ValueError(f"training.precision must be one of {', '.join(PRECISIONS)}, got '{self.precision}'")
         choose(LAWS, self.law, "training.law")
+        choose(dict.fromkeys(COMPILE), self.compile, "training.compile")
 
 
 class Diverged(RunError):
@@ -162,7 +169,7 @@ def check(task: Task) -> None:
             f"{task.place.world} workers for {task.logical_shards} logical shards: some would have nothing to do; set "
             f"cluster.workers to at most {task.logical_shards}, or stream.logical_shards to at least {task.place.world}"
         )
-    if task.config.precision == "bf16" and not has_bf16(task.place.device):
+    if task.config.precision == "bf16" and not hardware.has_bf16(task.place.device):
         raise RunError(f"training.precision: this {task.place.device.type} has no bf16 arithmetic; use fp32")
 
 
@@ -193,22 +200,16 @@ def standing(config: TrainingConfig, batch_size: int, store: str, identity: Mapp
     return say.Finished(state.step, state.step * batch_size, "budget", folder(store, state.step))
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether products in bf16 run in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 class _Run:
     """A training under way: owns the network, its EMA, the optimizer and the saver."""
 
     def __init__(self, task: Task) -> None:
         config, place = task.config, task.place
         self.task, self.config, self.place = task, config, place
-        self.denoiser = task.denoiser.to(place.device).train()
-        autocast = torch.bfloat16 if config.precision == "bf16" else None
-        self.module = TrainingModule(self.denoiser, task.objective, task.classes, autocast, config.label_dropout)
+        if place.device.type == "cpu":
+            hardware.keep_memory()
+        self.denoiser = laid_out(task.denoiser, place.device, config.compile != "none").train()
+        self.module = TrainingModule(self.denoiser, task.objective, task.classes, None, config.label_dropout)
         self.ema = EMA(self.denoiser)
         self.optimizer = AdamW(self.denoiser.named_parameters(), config.betas, config.weight_decay)
         self.saver = Saver(task.store, config.keep)
@@ -218,6 +219,7 @@ class _Run:
         self.skipped = 0
         self.finished = False
         self.window = _Window()
+        self.flops_per_image = self.peak_flops = 0.0
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
@@ -286,10 +288,14 @@ class _Run:
         def read() -> list[Batch]:
             return list(islice(batches, len(shards)))
 
-        with ThreadPoolExecutor(1) as pool:  # readers start while the network is wrapped: each takes seconds
+        with ThreadPoolExecutor(1) as pool:  # readers start while the device is measured: each takes a while
             reading = pool.submit(read)
-            network = self._network()
+            self.peaks = {
+                name: hardware.peak_rate(self.place.device, kind or torch.float32) for name, kind in self._precisions()
+            }
             mine = reading.result()
+        yield self._prepare(mine, shards)
+        network = self._network()
         self._settle(network, mine, shards)
         waited, start = 0.0, time.perf_counter()
         while self.step < self.task.total_steps:
@@ -336,7 +342,7 @@ class _Run:
                 raise Diverged(f"{self.skipped_in_a_row} steps in a row without a finite loss and gradient; {reason}")
         config, end = self.config, self.step >= self.task.total_steps
         if end or self._due(config.log_every_images):
-            yield say.Step(self.step, self.images, self.window.metrics(self.skipped))
+            yield say.Step(self.step, self.images, self._metrics())
             self.window = _Window()
         if not end and not table.stop:
             if self._due(config.checkpoint_every_images):
@@ -370,6 +376,54 @@ class _Run:
         yield say.Finished(self.step, self.images, "budget" if end else "stopped", self._url())
 
     # --- parts --------------------------------------------------------------------------------------------------------
+
+    def _precisions(self) -> list[tuple[str, torch.dtype | None]]:
+        """Those of this hardware that the run may use or is told the time of."""
+        bf16 = self.config.precision != "fp32" and hardware.has_bf16(self.place.device)
+        return [(name, kind) for name, kind in AUTOCAST.items() if kind is None or bf16]
+
+    def _prepare(self, mine: Sequence[Batch], shards: Sequence[int]) -> say.Prepared:
+        """Settles the precision and wraps the blocks, before DDP is put around the network."""
+        config, shape = self.config, mine[0].images.shape[1:]
+        self.flops_per_image = hardware.training_flops(self.denoiser.network, shape, self.task.classes)
+        if config.checkpoint_activations:
+            checkpoint_blocks(self.denoiser.network)
+        tried = {} if config.precision == "fp32" else self._tried(mine, shards)
+        precision = min(tried, key=lambda name: tried[name]) if config.precision == "auto" else config.precision
+        self.module.autocast = AUTOCAST[precision]
+        compile_blocks(self.denoiser.network, config.compile)
+        self.peak_flops = self.peaks[precision]
+        return say.Prepared(
+            step=self.step,
+            images=self.images,
+            precision=precision,
+            forward_backward_s=tried,
+            flops_per_image=self.flops_per_image,
+            peak_flops=self.peak_flops,
+            compile=config.compile,
+            checkpoint_activations=config.checkpoint_activations,
+        )
+
+    def _tried(self, mine: Sequence[Batch], shards: Sequence[int]) -> dict[str, float]:
+        """Seconds of a logical shard's forward and backward pass in each precision of this hardware, the mean over
+        ranks, so that all of them decide alike."""
+        key = StepKey(self.task.seed, self.step, shards[-1], self.task.logical_shards)
+        found: dict[str, float] = {}
+        for name, kind in self._precisions():
+            self.module.autocast = kind
+            run = partial(backward, self.module, mine[-1:], [key], self.place)
+            found[name] = hardware.seconds(run, self.place.device)
+        self.module.zero_grad(set_to_none=True)
+        times = torch.tensor(list(found.values()), device=self.place.device)
+        if self.place.world > 1:
+            torch.distributed.all_reduce(times)
+        return dict(zip(found, (times / self.place.world).tolist(), strict=True))
+
+    def _metrics(self) -> dict[str, float]:
+        found = self.window.metrics(self.skipped)
+        rate = found["images_per_s"] * self.flops_per_image / self.place.world
+        found["peak_memory_gib"] = hardware.peak_memory(self.place.device) / 2**30
+        return found | {"tflops": rate / 1e12, "mfu": rate / self.peak_flops}
 
     def _network(self) -> torch.nn.Module:
         """What a step calls: the module, for several workers with DDP around it."""

@@ -242,7 +242,7 @@ def test_the_data_is_closed_when_the_training_is_left(tmp_path: Path) -> None:
         ({"images": 0}, r"training\.images must be at least 1, got 0"),
         ({"learning_rate": -1.0}, r"training\.learning_rate must be 0 or more"),
         ({"betas": (0.9, 1.0)}, r"training\.betas must lie in \[0, 1\)"),
-        ({"precision": "fp16"}, r"training\.precision must be one of fp32, bf16, got 'fp16'"),
+        ({"precision": "fp16"}, r"training\.precision must be one of fp32, bf16, auto, got 'fp16'"),
         ({"law": "cosin"}, r"unknown training\.law 'cosin' \(did you mean 'cosine'"),
         ({"ema_ramp_up": 0.0}, r"training\.ema_ramp_up must be positive or null"),
     ],

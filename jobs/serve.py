@@ -52,9 +52,7 @@ def _wait_for_the_end() -> None:
 def main() -> None:
     parser = cli.parser("serve", __doc__ or "", ["serving", "tracking", "cluster"])
     asked = parser.add_mutually_exclusive_group()
-    asked.add_argument(
-        "--status", action="store_true", help="show the endpoint's replicas and their load"
-    )
+    asked.add_argument("--status", action="store_true", help="show the endpoint's replicas and their load")
     asked.add_argument("--stop", action="store_true", help="end the endpoint of the cluster")
     args = parser.parse_intermixed_args()
 

@@ -1,5 +1,5 @@
-"""Images to WebDataset shards with a Parquet manifest, by Ray tasks. Run again, it verifies what is there and makes
-what is missing.
+"""Images to WebDataset shards with a Parquet manifest, by Ray tasks. Run again, it adds what the source has more as a
+new version; where nothing is new, it verifies what is there and mends what is damaged.
 """
 
 from jobs import cli
@@ -7,7 +7,7 @@ from jobs.progress import bar
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config
 from pipeline.data import storage
-from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest
+from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest, folder_of
 
 
 def run(config: RunConfig) -> Manifest:
@@ -19,7 +19,7 @@ def run(config: RunConfig) -> Manifest:
 
         def show(progress: ShardProgress) -> None:
             share = progress.slices_done + progress.verified
-            live.total = max(progress.images, 1) * max(progress.slices, 1) / max(share, 1)
+            live.total = max(progress.images, 1) * max(progress.slices + progress.to_verify, 1) / max(share, 1)
             note = f"{progress.rejected} rejected" if progress.rejected else ""
             live.update(progress.images, note)
 
@@ -28,10 +28,15 @@ def run(config: RunConfig) -> Manifest:
     rejected = manifest.card["rejected"]
     cli.console.print(
         f"  {manifest.url}: {train.total:,} training and {held_out.total:,} held-out images in "
-        f"{len(train.urls) + len(held_out.urls)} shards, {rejected} rejected; manifest {manifest.digest[:12]}"
+        f"{len(train.urls) + len(held_out.urls)} shards, {rejected} rejected; "
+        f"manifest {manifest.digest[:12]}, version {manifest.version}"
     )
-    if rejected:
-        cli.console.print(f"  rejected images and why: {manifest.url}/rejects.parquet")
+    for path, _ in manifest.reject_tables if rejected else ():
+        cli.console.print(f"  rejected images and why: {manifest.url}/{path}")
+    if len(manifest.removed):
+        cli.console.print(
+            f"  left out by readers, and why: {manifest.url}/{folder_of(manifest.digest)}/removed.parquet"
+        )
     return manifest
 
 
@@ -40,8 +45,10 @@ def main() -> None:
 
     def job() -> None:
         config = load_config(args.run_file, args.overrides)
-        if next(storage.list_files(config.shard.source), None) is None:  # before a Ray is started for it
-            raise ValueError(f"shard.source: no file in {config.shard.source}")
+        source = config.shard.source
+        listed = not config.shard.mixture and not source.endswith((".tar", ".parquet"))
+        if listed and next(storage.list_files(source), None) is None:  # before a Ray is started for it
+            raise ValueError(f"shard.source: no file in {source}")
         with session(config.cluster.address):
             run(config)
 

@@ -8,16 +8,18 @@ from typing import Any
 import ray
 
 from pipeline.cluster.session import result
+from pipeline.data import manifest as manifests
 from pipeline.data import shards
 from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, SliceDone
+from pipeline.data.policy import ShardConfig
+from pipeline.data.slices import Slice, SliceDone, make_slice
 
 TASKS_A_CPU = 2  # under way: one runs, one waits
 
 
 @dataclass(frozen=True)
 class ShardProgress:
-    """How far the job is. `verified` counts shards of a finished set that were read again and found right."""
+    """How far the job is. `verified` counts shards of a finished set that were read again, of `to_verify`."""
 
     slices_done: int
     slices: int
@@ -25,48 +27,59 @@ class ShardProgress:
     rejected: int
     bytes: int
     verified: int
+    to_verify: int
     seconds: float
     images_per_second: float
     seconds_left: float | None
 
 
 def shard(config: ShardConfig, progress: Callable[[ShardProgress], None] | None = None) -> Manifest:
-    """Makes the set, or goes on with it, or verifies a finished one and makes its damaged shards again. Ray must be
-    initialised.
+    """Makes the set, or goes on with it, or adds what the source has more as a new version; where there is nothing to
+    add, verifies the set and makes its damaged shards again. Ray must be initialised.
 
     Raises:
-        ValueError: an empty source, no readable image, a url that holds another set, or sources changed under the
-            same names.
+        ValueError: an empty source, no readable image, a url that holds another set, or damaged shards whose sources
+            changed under the same names.
         OSError: a store that does not answer.
     """
+    if config.mixture:
+        return manifests.mix(config.url, config.mixture)
     work = shards.plan(config)
     try:
-        meter = _Meter(work.slices, progress)
-        standing = shards.standing(work)
-        if standing is None:
-            done = shards.finished(work)
-            for slice_done in done.values():
-                meter.add(slice_done, made=False)
-            _make(work, (index for index in range(work.slices) if index not in done), meter)
-            return shards.commit(work)
-        wrong = _verify(standing, meter)
-        if wrong:
-            _make(work, sorted({shards.slice_of(url) for url in wrong}), meter)
-            still = _verify(standing, meter)
-            if still:
-                reasons = "; ".join(f"{url}: {reason}" for url, reason in still.items())
-                raise ValueError(
-                    f"{config.url} has damaged shards and {config.source} no longer gives the same bytes: {reasons}"
-                )
-            shards.clean(work)
-        return standing
+        verify = work.before is not None and not work.indices
+        meter = _Meter(len(work.indices), len(work.before.shards) if verify and work.before else 0, progress)
+        if verify and work.before:
+            wrong = _verify(work.before, meter)
+            if wrong:
+                _mend(work, work.before, wrong, meter)
+        done = shards.finished(work)
+        for slice_done in done.values():
+            meter.add(slice_done, made=False)
+        _make(work, (work.slice(index) for index in work.indices if index not in done), meter)
+        return shards.commit(work)
     finally:
         work.close()
 
 
-def _make(work: shards.Plan, indices: Iterable[int], meter: "_Meter") -> None:
-    task = ray.remote(shards.make_slice).options(num_cpus=1, max_retries=3, name="make_slice")
-    for done in _run(task.remote(work.config, work.building, work.slice(index)) for index in indices):
+def _mend(work: shards.Plan, standing: Manifest, wrong: dict[str, str], meter: "_Meter") -> None:
+    """Makes the damaged shards of a finished set again, from the sources that made them.
+
+    Raises:
+        ValueError: those give other bytes now.
+    """
+    _make(work, shards.made_again(work, sorted({shards.slice_of(url) for url in wrong})), meter)
+    still = _verify(standing, meter)
+    if still:
+        reasons = "; ".join(f"{url}: {reason}" for url, reason in still.items())
+        raise ValueError(
+            f"{work.config.url} has damaged shards and {work.config.source} no longer gives the same bytes: {reasons}"
+        )
+    shards.clean(work)
+
+
+def _make(work: shards.Plan, tasks: Iterable[Slice], meter: "_Meter") -> None:
+    make = ray.remote(make_slice).options(num_cpus=1, max_retries=3, name="make_slice")
+    for done in _run(make.remote(work.config, work.building, task) for task in tasks):
         meter.add(done, made=True)
 
 
@@ -112,8 +125,8 @@ def _run(submitted: Iterator[Any]) -> Iterator[Any]:
 class _Meter:
     """Counts and rates of a running job; the rate leaves out what was there already."""
 
-    def __init__(self, slices: int, report: Callable[[ShardProgress], None] | None) -> None:
-        self.slices, self.report = slices, report
+    def __init__(self, slices: int, to_verify: int, report: Callable[[ShardProgress], None] | None) -> None:
+        self.slices, self.to_verify, self.report = slices, to_verify, report
         self.started = time.monotonic()
         self.done = self.made = self.images = self.made_images = self.rejected = self.bytes = self.verified = 0
 
@@ -140,6 +153,15 @@ class _Meter:
         rate = self.made_images / seconds if seconds > 0 else 0.0
         self.report(
             ShardProgress(
-                self.done, self.slices, self.images, self.rejected, self.bytes, self.verified, seconds, rate, left
+                self.done,
+                self.slices,
+                self.images,
+                self.rejected,
+                self.bytes,
+                self.verified,
+                self.to_verify,
+                seconds,
+                rate,
+                left,
             )
         )

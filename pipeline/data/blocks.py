@@ -2,28 +2,34 @@
 request, in a thread or in a Ray task; no torch here, so that a reader's process stays small.
 
 A shard's bytes are used only after their size and sha256 agreed with the manifest. A process keeps the shards it
-verified last, up to a stated number of bytes, because the next block wants the same window of shards.
+verified last, up to a stated number of bytes, because the next block wants the same window of shards; for a set on S3
+the node keeps them on disk for all its processes.
 """
 
 import io
-import threading
-from collections import OrderedDict
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.choose import choose
 from pipeline.data import images, storage, tar
-from pipeline.data.manifest import ImageSpec
+from pipeline.data.cache import DiskCache, MemoryCache, default_folder
+from pipeline.data.damage import Examined, examine
+from pipeline.data.manifest import ImageSpec, SetRef
 
 Int64s = NDArray[np.int64]
+
+READS = 8  # of a shard whose digest is wrong, before it counts as damaged: the line may have erred
 
 
 @dataclass(frozen=True)
 class ShardRef:
-    """One tar shard as the manifest has it."""
+    """One tar shard as the manifest has it; `place` is the number of its set in the request."""
 
+    place: int
     url: str
     size: int
     sha256: str
@@ -31,21 +37,36 @@ class ShardRef:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How to read.
+
+    Attributes:
+        on_damage: a policy of ON_DAMAGE.
+        cache_bytes, disk_cache_bytes: how many verified bytes the process, and the node for sets on S3, may keep.
+        tag_names: the vocabulary of tags.
+    """
+
+    on_damage: str = "fail"
+    cache_bytes: int = 0
+    disk_cache_bytes: int = 0
+    tag_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class BlockRequest:
     """Everything a block depends on.
 
     Attributes:
-        root: the set's URL. image, labelled: its format.
+        sets, image: what is read.
         logical_shard, first_step, steps: whose block, global batches first_step .. first_step + steps - 1.
         shards: the tar shards it needs.
         shard, index, ids: (n,) for each sample in order: which of `shards`, which sample in it, its id in the split.
         flip: (n,) whether it is mirrored left to right.
-        cache_bytes: how many verified bytes the process may keep.
+        skip: (n,) whether it must not be read; it counts as lost.
     """
 
-    root: str
+    sets: tuple[SetRef, ...]
     image: ImageSpec
-    labelled: bool
     logical_shard: int
     first_step: int
     steps: int
@@ -54,13 +75,19 @@ class BlockRequest:
     index: Int64s
     ids: Int64s
     flip: NDArray[np.bool_]
-    cache_bytes: int
+    skip: NDArray[np.bool_]
+    reading: Reading
+
+    def has(self, extra: str) -> bool:
+        """Whether its samples carry an extra."""
+        return any(extra in of.extras for of in self.sets)
 
 
 @dataclass(frozen=True)
 class Block:
-    """images (n, C, H, W) uint8, labels (n,) int64 (-1 where the set has no classes), ids (n,) int64; n = steps x
-    samples a step.
+    """images (n, C, H, W) uint8, labels (n,) int64 (-1 where the set has no classes), tags (n, K) uint8 of 0 and 1,
+    captions, ids (n,) int64, lost (n,) bool (no image could or should be read); n = steps x samples a step.
+    `damage` says what was found wrong with shards that were read on quarantine.
     """
 
     logical_shard: int
@@ -68,62 +95,149 @@ class Block:
     steps: int
     images: images.UInt8s
     labels: Int64s
+    tags: NDArray[np.uint8] | None
+    captions: tuple[str, ...] | None
     ids: Int64s
+    lost: NDArray[np.bool_]
+    damage: tuple[tar.DamagedShard, ...]
 
 
 @dataclass(frozen=True)
 class VerifiedShard:
-    """A shard's bytes, digest checked, and where its samples are."""
+    """A shard's bytes, digest checked, and where its samples are; or what is left of a damaged one."""
 
-    data: bytes
+    data: images.UInt8s
     members: tar.Members
+    lost: NDArray[np.bool_] | None = None
+    damage: tuple[tar.DamagedShard, ...] = ()
+
+
+CACHE: MemoryCache[VerifiedShard] = MemoryCache()
 
 
 def read_block(request: BlockRequest) -> Block:
     """Fetches, verifies, decodes and augments one block.
 
     Raises:
-        DamagedShard: a shard is not what its manifest says. OSError: the store does not answer.
+        DamagedShard: a shard is not what its manifest says, and the policy is to fail. OSError: the store does not
+            answer.
     """
-    count = len(request.shard)
-    out = np.empty((count, *request.image.shape), dtype=np.uint8)
-    labels = np.empty(count, dtype=np.int64)
+    count, names = len(request.shard), request.reading.tag_names
+    labels = np.full(count, -1, dtype=np.int64)
+    lost = request.skip.copy()
+    tags = np.zeros((count, len(names)), dtype=np.uint8) if request.has(tar.TAGS) else None
+    captions = [""] * count if request.has(tar.CAPTION) else None
+    damage: list[tar.DamagedShard] = []
+    taken: list[_Taken] = []
     for number, ref in enumerate(request.shards):
-        here = np.flatnonzero(request.shard == number)
-        shard = CACHE.get(request.root, ref, request.image, request.labelled, request.cache_bytes)
-        wanted = request.index[here]
-        labels[here] = shard.members.labels[wanted]
-        decode_into(out, here, shard, wanted, request.image, ref.url)
+        rows = np.flatnonzero((request.shard == number) & ~request.skip)
+        if not len(rows):
+            continue
+        of = request.sets[ref.place]
+        shard = verified(of, ref, request.reading)
+        damage += shard.damage
+        if shard.lost is not None:
+            gone = shard.lost[request.index[rows]]
+            lost[rows[gone]] = True
+            rows = rows[~gone]
+        wanted = request.index[rows]
+        labels[rows] = shard.members.labels[wanted]
+        taken.append(_Taken(ref.url, of.encoding, shard, rows, wanted))
+        if tags is not None:
+            _read_tags(tags, rows, shard, wanted, names)
+        if captions is not None:
+            for row, text in zip(rows.tolist(), _texts(shard, tar.CAPTION, wanted), strict=True):
+                captions[row] = text.decode("utf-8", "replace")
+    return Block(
+        request.logical_shard,
+        request.first_step,
+        request.steps,
+        _pixels(taken, request),
+        labels,
+        tags,
+        None if captions is None else tuple(captions),
+        request.ids,
+        lost,
+        tuple(damage),
+    )
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a block takes of one shard: row rows[i] is its sample wanted[i]."""
+
+    name: str
+    encoding: str
+    shard: VerifiedShard
+    rows: Int64s
+    wanted: Int64s
+
+
+def _pixels(taken: list[_Taken], request: BlockRequest) -> images.UInt8s:
+    """(n, C, H, W) uint8, mirrored where asked; zeros where nothing was taken.
+
+    Raises:
+        DamagedShard: not what the set's format says.
+    """
+    out = np.zeros((len(request.shard), *request.image.shape), dtype=np.uint8)
+    encoded = [of for of in taken if of.encoding != "raw"]
+    for of in taken:
+        if of.encoding == "raw":
+            _copy_raw(out, of, request.image)
+    if encoded:
+        rows, offsets, sizes = (
+            np.concatenate(parts)
+            for parts in zip(
+                *((of.rows, of.shard.members.offsets[of.wanted], of.shard.members.sizes[of.wanted]) for of in encoded),
+                strict=True,
+            )
+        )
+        whose = np.repeat(np.arange(len(encoded)), [len(of.rows) for of in encoded])
+        order = np.argsort(rows)  # images that lie beside each other in the block are decoded together
+        whose = whose[order].tolist()
+        buffers = [of.shard.data for of in encoded]
+        starts = offsets[order].tolist()
+        wrong = images.decode_own_many([buffers[i] for i in whose], starts, sizes[order].tolist(), rows[order], out)
+        if wrong is not None:
+            of = encoded[whose[wrong[0]]]
+            raise tar.DamagedShard(of.name, starts[wrong[0]], f"a {of.encoding} image", wrong[1])
     mirrored = np.flatnonzero(request.flip)
     if len(mirrored):
         out[mirrored] = out[mirrored, :, :, ::-1]
-    return Block(request.logical_shard, request.first_step, request.steps, out, labels, request.ids)
+    return out
 
 
-def decode_into(
-    out: images.UInt8s, rows: Int64s, shard: VerifiedShard, wanted: Int64s, image: ImageSpec, name: str
-) -> None:
-    """out[rows[i]] = the shard's sample wanted[i], (C, H, W)."""
-    data = memoryview(shard.data)
-    offsets, sizes = shard.members.offsets[wanted].tolist(), shard.members.sizes[wanted].tolist()
-    hwc = (image.size, image.size, image.channels)
-    prefix = raw_prefix(image.shape)
-    for row, offset, size in zip(rows.tolist(), offsets, sizes, strict=True):
-        payload = data[offset : offset + size]
-        if image.encoding == "raw":
-            if size != len(prefix) + image.bytes or payload[: len(prefix)] != prefix:
-                raise tar.DamagedShard(
-                    name, offset, f"a .npy of uint8 {image.shape}", f"{size} bytes with another header"
-                )
-            out[row] = np.frombuffer(payload, np.uint8, offset=len(prefix)).reshape(image.shape)
-            continue
-        try:
-            pixels = images.decode_own(payload, image.channels)
-        except ValueError as error:
-            raise tar.DamagedShard(name, offset, "a PNG", str(error)) from None
-        if pixels.shape != hwc:
-            raise tar.DamagedShard(name, offset, f"pixels of shape {hwc}", str(pixels.shape))
-        out[row] = pixels.transpose(2, 0, 1)
+def _copy_raw(out: images.UInt8s, of: _Taken, image: ImageSpec) -> None:
+    """Raw samples are a header that is always the same, and pixels as they lie."""
+    prefix = np.frombuffer(raw_prefix(image.shape), np.uint8)
+    length = len(prefix) + image.bytes
+    offsets, sizes = of.shard.members.offsets[of.wanted], of.shard.members.sizes[of.wanted]
+    wrong = np.flatnonzero(sizes != length)
+    if not len(wrong):
+        windows = np.lib.stride_tricks.sliding_window_view(of.shard.data, length)
+        wrong = np.flatnonzero((windows[offsets, : len(prefix)] != prefix).any(axis=1))
+    if len(wrong):
+        where = int(wrong[0])
+        expected = f"a .npy of uint8 {image.shape}, {length} bytes"
+        raise tar.DamagedShard(of.name, int(offsets[where]), expected, f"{sizes[where]} bytes or another header")
+    pixels = np.lib.stride_tricks.sliding_window_view(of.shard.data, image.bytes)
+    out.reshape(len(out), -1)[of.rows] = pixels[offsets + len(prefix)]
+
+
+def _texts(shard: VerifiedShard, extra: str, wanted: Int64s) -> list[bytes]:
+    data = shard.data.data
+    return [bytes(data[offset : offset + size]) for offset, size in shard.members.texts[extra][wanted].tolist()]
+
+
+def _read_tags(tags: images.UInt8s, rows: Int64s, shard: VerifiedShard, wanted: Int64s, names: tuple[str, ...]) -> None:
+    place = _places(names)
+    for row, text in zip(rows.tolist(), _texts(shard, tar.TAGS, wanted), strict=True):
+        tags[row, [place[tag] for tag in json.loads(text)]] = 1
+
+
+@lru_cache(maxsize=4)
+def _places(names: tuple[str, ...]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(names)}
 
 
 @lru_cache
@@ -134,75 +248,69 @@ def raw_prefix(shape: tuple[int, int, int]) -> bytes:
     return sink.getvalue()
 
 
-def fetch(root: str, ref: ShardRef, image: ImageSpec, labelled: bool) -> VerifiedShard:
+def verified(of: SetRef, ref: ShardRef, reading: Reading) -> VerifiedShard:
+    """One shard, from memory or fetched.
+
+    Raises:
+        DamagedShard: as `fetch`.
+    """
+    name = f"{ref.sha256} {ref.samples} {of.encoding} {of.extras} {reading.on_damage}"
+    return CACHE.get(name, reading.cache_bytes, lambda: fetch(of, ref, reading))
+
+
+def fetch(of: SetRef, ref: ShardRef, reading: Reading) -> VerifiedShard:
     """Reads one shard and checks it against the manifest.
 
     Raises:
-        DamagedShard: missing, another size or digest, or not our layout.
+        DamagedShard: missing, another size or digest, or not our layout, and the policy is to fail.
     """
-    url = storage.join(root, *ref.url.split("/"))
+    url = storage.join(of.root, *ref.url.split("/"))
+    attempts = READS if storage.is_s3(url) else 1
+    wrong: list[images.UInt8s | None] = []  # what the reads gave that had the wrong digest
+
+    def read() -> images.UInt8s:
+        """The bytes, again where the line may have erred; empty where they are damaged: wrong in the same way twice."""
+        wrong.clear()
+        for _ in range(attempts):
+            data = _read(url, ref.size + 1)
+            if data is not None and len(data) == ref.size and storage.digest(data) == ref.sha256:
+                wrong.clear()
+                return data
+            wrong.append(data)
+            if len(wrong) > 1 and _same(wrong[-1], wrong[-2]):
+                break
+        return np.empty(0, np.uint8)
+
+    if storage.is_s3(url) and reading.disk_cache_bytes:
+        data = DiskCache(default_folder(), reading.disk_cache_bytes).get(ref.sha256, ref.size, read)
+    else:
+        data = read()
+    if not wrong:
+        return VerifiedShard(data, tar.walk(url, data, ref.samples, of.encoding, of.extras))
+    found = examine(url, wrong[-1], of, ref.url)
+    return choose(ON_DAMAGE, reading.on_damage, "on_damage")(wrong[-1], found)
+
+
+def _same(a: images.UInt8s | None, b: images.UInt8s | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _read(url: str, stop: int) -> images.UInt8s | None:
     try:
-        data = storage.read_bytes(url, 0, ref.size + 1)
+        return storage.read_array(url, stop)
     except FileNotFoundError:
-        raise tar.DamagedShard(url, 0, f"{ref.size} bytes", "no such file") from None
-    if len(data) != ref.size:
-        raise tar.DamagedShard(
-            url, min(len(data), ref.size), f"{ref.size} bytes", f"{len(data)} bytes" if len(data) < ref.size else "more"
-        )
-    got = storage.digest(data)
-    if got != ref.sha256:
-        raise tar.DamagedShard(url, None, f"sha256 {ref.sha256}", got)
-    return VerifiedShard(data, tar.walk(url, data, ref.samples, image.encoding, labelled))
+        return None
 
 
-class ShardCache:
-    """Verified shards of this process, the last used ones, up to a number of bytes; two threads that want the same
-    shard fetch it once.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.kept: OrderedDict[str, VerifiedShard] = OrderedDict()
-        self.bytes = 0
-        self.fetching: dict[str, threading.Lock] = {}
-
-    def get(self, root: str, ref: ShardRef, image: ImageSpec, labelled: bool, limit: int) -> VerifiedShard:
-        """The shard, from memory or from the store; at most `limit` bytes stay afterwards."""
-        name = f"{ref.sha256} {ref.samples} {image.encoding} {labelled}"
-        found = self._kept(name)
-        if found is not None:
-            return found
-        with self.lock:
-            turn = self.fetching.setdefault(name, threading.Lock())
-        with turn:
-            found = self._kept(name)
-            if found is not None:
-                return found
-            try:
-                made = fetch(root, ref, image, labelled)
-            finally:
-                with self.lock:
-                    self.fetching.pop(name, None)
-            with self.lock:
-                self.kept[name] = made
-                self.bytes += len(made.data)
-                while self.kept and self.bytes > limit:
-                    _, dropped = self.kept.popitem(last=False)
-                    self.bytes -= len(dropped.data)
-            return made
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        with self.lock:
-            self.kept.clear()
-            self.bytes = 0
-
-    def _kept(self, name: str) -> VerifiedShard | None:
-        with self.lock:
-            found = self.kept.get(name)
-            if found is not None:
-                self.kept.move_to_end(name)
-            return found
+def _fail(data: images.UInt8s | None, found: Examined) -> VerifiedShard:
+    raise found.damage[0]
 
 
-CACHE = ShardCache()
+def _quarantine(data: images.UInt8s | None, found: Examined) -> VerifiedShard:
+    return VerifiedShard(np.empty(0, np.uint8) if data is None else data, found.members, found.lost, found.damage)
+
+
+ON_DAMAGE = {
+    "fail": _fail,  # stop with the first thing that is wrong
+    "quarantine": _quarantine,  # go on with the samples whose own digests are right
+}

@@ -161,18 +161,33 @@ class Order:
             position += take
         return np.concatenate(pieces) if pieces else np.empty((0, 2), dtype=np.int64)
 
-    def _listed(self, logical_shard: int, epoch: int, start: int, stop: int) -> Int64s:
-        """Offsets start..stop-1 of part l of epoch e, as (n, 2)."""
+    def window_of(self, logical_shard: int, position: int) -> tuple[int, int]:
+        """The positions first .. end - 1 of stream l that are shuffled together with a position."""
+        epoch = epoch_of(self.size, self.logical_shards, logical_shard, position)
+        begins = first_position(self.size, self.logical_shards, logical_shard, epoch)
+        low = part_start(self.size, self.logical_shards, logical_shard, epoch)
+        _, left, right = self._window(logical_shard, epoch, low + position - begins)
+        return begins + left - low, begins + right - low
+
+    def _window(self, logical_shard: int, epoch: int, place: int) -> tuple[int, int, int]:
+        """Which window of part l holds a place of epoch e's list, and the places where that begins and ends."""
         shards, starts = self.epoch(epoch)
         low = part_start(self.size, self.logical_shards, logical_shard, epoch)
         high = low + part_size(self.size, self.logical_shards, logical_shard, epoch)
         first = int(np.searchsorted(starts, low, side="right")) - 1  # the tar shard that holds the part's first sample
+        group = (int(np.searchsorted(starts, place, side="right")) - 1 - first) // self.window
+        left = max(low, int(starts[min(first + group * self.window, len(shards))]))
+        right = min(high, int(starts[min(first + (group + 1) * self.window, len(shards))]))
+        return group, left, right
+
+    def _listed(self, logical_shard: int, epoch: int, start: int, stop: int) -> Int64s:
+        """Offsets start..stop-1 of part l of epoch e, as (n, 2)."""
+        shards, starts = self.epoch(epoch)
+        low = part_start(self.size, self.logical_shards, logical_shard, epoch)
         places: list[Int64s] = []
         at = low + start
         while at < low + stop:
-            group = (int(np.searchsorted(starts, at, side="right")) - 1 - first) // self.window
-            left = max(low, int(starts[min(first + group * self.window, len(shards))]))
-            right = min(high, int(starts[min(first + (group + 1) * self.window, len(shards))]))
+            group, left, right = self._window(logical_shard, epoch, at)
             shuffled = self._shuffled(logical_shard, epoch, group, right - left)
             end = min(right, low + stop)
             places.append(left + shuffled[at - left : end - left])
@@ -195,3 +210,46 @@ class Order:
         else:
             self._windows.move_to_end(name)
         return shuffled
+
+
+class Mixture:
+    """Which of several sets each position of a logical shard's stream is taken from, and the how-manieth of that set's
+    own stream it is.
+
+    Weights are rounded to shares of SLOTS (each set has at least one), and every run of SLOTS positions holds each set
+    exactly as often as its share says, in a keyed order. So a look-up at any position is O(SLOTS), and each set is
+    read through in its own order, every sample once in each of its own epochs.
+
+    Raises:
+        ValueError: more sets than SLOTS.
+    """
+
+    SLOTS = 1000
+
+    def __init__(self, weights: list[float], digest: str, seed: int) -> None:
+        if not 1 <= len(weights) <= self.SLOTS:
+            raise ValueError(f"a mixture has 1 to {self.SLOTS} sets; got {len(weights)}")
+        self.digest, self.seed = digest, seed
+        spare = self.SLOTS - len(weights)  # one slot each, the rest by largest remainder
+        exact = np.array(weights) / sum(weights) * self.SLOTS - 1
+        exact = np.maximum(exact, 0.0) * (spare / max(np.maximum(exact, 0.0).sum(), 1e-300))
+        self.shares = 1 + np.floor(exact).astype(np.int64)
+        left = np.argsort(-(exact - np.floor(exact)), kind="stable")[: self.SLOTS - int(self.shares.sum())]
+        self.shares[left] += 1
+        self.slots = np.repeat(np.arange(len(weights)), self.shares)
+
+    def picks(self, logical_shard: int, start: int, stop: int) -> Int64s:
+        """Positions start .. stop - 1 of stream l as (n, 2): which set, which position of that set's stream l."""
+        if len(self.shares) == 1:
+            own = np.arange(start, stop, dtype=np.int64)
+            return np.stack([np.zeros_like(own), own], axis=1)
+        first, last = start // self.SLOTS, (stop - 1) // self.SLOTS
+        made: list[Int64s] = []
+        for run in range(first, last + 1):
+            order = permutation(self.SLOTS, key_of("mixture", self.digest, self.seed, logical_shard, run))
+            which = self.slots[order]
+            own = np.empty(self.SLOTS, dtype=np.int64)
+            for part, share in enumerate(self.shares.tolist()):
+                own[which == part] = run * share + np.arange(share)
+            made.append(np.stack([which, own], axis=1))
+        return np.concatenate(made)[start - first * self.SLOTS : stop - first * self.SLOTS]

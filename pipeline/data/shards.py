@@ -1,250 +1,200 @@
-"""From a folder or prefix of images to tar shards: plan, make one slice, commit. No Ray here;
-`cluster/shard_tasks.py` runs `make_slice` as tasks.
+"""From a source of images to a set of shards: plan, make the slices, commit. No Ray here; `cluster/shard_tasks.py`
+runs `slices.make_slice` as tasks.
 
-The plan lists the source once, orders it by a hash of each image's path (so that every shard mixes all classes) and
-cuts it into slices. A slice is made by a pure function: read, check, resize, encode; each image goes to train or
-held-out by the hash of its final pixels, so that it never moves and exact duplicates stay on one side. A slice writes
-one tar a split, then its part record; the record is what makes it finished, so a killed job goes on where it was and
-ends in the same bytes.
+The plan lists the source once and cuts what is new in it into slices. Where a set stands already, its shards stay as
+they are, and what was added to the source since becomes the next version of its manifest. A killed job goes on where
+it was and ends in the same bytes.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
 import tempfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, TypeVar
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.choose import choose
-from pipeline.data import images, storage, tar
 from pipeline.data import manifest as manifests
-from pipeline.data.manifest import HELD_OUT, SPLITS, TRAIN, ImageSpec, Manifest
+from pipeline.data import removals, storage, tar
+from pipeline.data.card import make_card
+from pipeline.data.manifest import SPLITS, Manifest, Names, Table, Version
+from pipeline.data.policy import ShardConfig
+from pipeline.data.slices import MOST_TAGS, Slice, SliceDone, make_slice, part_url, read_part
+from pipeline.data.sources.base import Unit
+from pipeline.data.sources.kinds import open_source
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-SHARD_BYTES = 64 << 20
-MOST_SAMPLES = 8192
-READS_AHEAD = 8
-PLACES = ("source", "url")  # fields that do not change what is made
-
-
-@dataclass(frozen=True)
-class ShardConfig:
-    """How images become shards."""
-
-    source: Annotated[str, "folder or s3:// prefix of jpg, png and webp images; sub-folders are classes"]
-    url: Annotated[str, "where the set goes, a folder or s3:// prefix"]
-    image_size: Annotated[int, "side of the square images, pixels"] = 64
-    channels: Annotated[int, "1 grey, 3 RGB"] = 3
-    encoding: Annotated[str, "png, or raw (uncompressed pixels, for tiny images)"] = "png"
-    resize: Annotated[str, "centre-crop, squash, or exact (refuse other sizes)"] = "centre-crop"
-    classes: Annotated[bool, "take the first sub-folder as the class"] = True
-    held_out: Annotated[float, "fraction of images held out, chosen by content"] = 0.1
-    samples_per_shard: Annotated[int, "images a shard; 0: as many as give about 64 MiB of pixels"] = 0
-    max_image_bytes: Annotated[int, "largest encoded image read, bytes"] = 64 << 20
-    max_image_pixels: Annotated[int, "largest image decoded, pixels"] = 64_000_000
-
-    def __post_init__(self) -> None:
-        for name in PLACES:
-            storage.parse(getattr(self, name))
-        if not 1 <= self.image_size <= 4096:
-            raise ValueError(f"image_size must be 1 to 4096 pixels; got {self.image_size}")
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {self.channels}")
-        choose(tar.SUFFIX, self.encoding, "encoding")
-        choose(images.POLICIES, self.resize, "resize policy")
-        if not 0.0 <= self.held_out < 1.0:
-            raise ValueError(f"held_out must be a fraction, 0 <= held_out < 1; got {self.held_out}")
-        for name, least in (("samples_per_shard", 0), ("max_image_bytes", 1), ("max_image_pixels", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-
-    @property
-    def image(self) -> ImageSpec:
-        """What every sample of the set is."""
-        return ImageSpec(self.image_size, self.channels, self.encoding)
-
-    @property
-    def slice_size(self) -> int:
-        """Source images a slice."""
-        return self.samples_per_shard or min(MOST_SAMPLES, max(64, SHARD_BYTES // self.image.bytes))
-
-    @property
-    def policy(self) -> dict[str, Any]:
-        """Everything that decides what is made from given sources."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACES} | {
-            "samples_per_shard": self.slice_size
-        }
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A task: source images (path relative to the source, listed size) and the class numbers."""
-
-    index: int
-    paths: tuple[str, ...]
-    sizes: tuple[int, ...]
-    classes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class SliceDone:
-    """What a slice came to."""
-
-    index: int
-    images: int
-    rejected: int
-    bytes: int
+DUPLICATE = "an exact duplicate"
 
 
 @dataclass
 class Plan:
-    """The listed source, in the order of slices; the listing itself lies in a temporary file, 24 bytes an image are
-    in memory. Close it.
+    """What is new in the source, cut into slices; the listing itself lies in a temporary file, 24 bytes a unit are in
+    memory. Close it.
+
+    Attributes:
+        digest: of the policy and the whole listing.
+        before: the newest version of the set at `config.url`, if there is one.
+        size: new units.
+        order: (size,) which entry of the listing comes when.
+        cuts: (slices + 1,) where in `order` each slice begins.
+        listed: entries of the listing, known ones too.
     """
 
     config: ShardConfig
     digest: str
-    class_names: tuple[str, ...]
-    size: int
+    before: Manifest | None
+    extras: tuple[str, ...]
+    classes: tuple[str, ...]
     order: NDArray[np.int64]
+    cuts: NDArray[np.int64]
     offsets: NDArray[np.int64]
     spool: Any = field(repr=False)
 
     @property
-    def slices(self) -> int:
-        """How many slices there are."""
-        return -(-self.size // self.config.slice_size)
+    def listed(self) -> int:
+        """Entries of the listing, known ones too."""
+        return len(self.offsets) - 1
+
+    @property
+    def indices(self) -> range:
+        """The numbers of the new slices, after those of all versions before."""
+        first = self.before.slices if self.before else 0
+        return range(first, first + len(self.cuts) - 1)
 
     @property
     def building(self) -> str:
-        """Where part records lie until the set is committed."""
+        """Where part records lie until the version is committed."""
         return storage.join(self.config.url, f"building-{self.digest[:12]}")
 
     def slice(self, index: int) -> Slice:
-        """The index-th slice."""
-        chosen = self.order[index * self.config.slice_size : (index + 1) * self.config.slice_size]
-        lines = [
-            os.pread(self.spool.fileno(), int(self.offsets[i + 1] - self.offsets[i]), int(self.offsets[i]))
-            for i in chosen
-        ]
-        rows = [json.loads(line) for line in lines]
-        return Slice(
-            index,
-            tuple(path for path, _ in rows),
-            tuple(size for _, size in rows),
-            {name: i for i, name in enumerate(self.class_names)},
-        )
+        """A slice by its number."""
+        place = index - self.indices.start
+        chosen = self.order[int(self.cuts[place]) : int(self.cuts[place + 1])].tolist()
+        units = tuple(self._unit(entry) for entry in chosen)
+        return Slice(index, units, self.extras, {name: i for i, name in enumerate(self.classes)})
 
     def close(self) -> None:
         """Drops the listing."""
         self.spool.close()
+
+    def _unit(self, entry: int) -> Unit:
+        start, stop = int(self.offsets[entry]), int(self.offsets[entry + 1])
+        return Unit(*json.loads(os.pread(self.spool.fileno(), stop - start, start)))
 
 
 def plan(config: ShardConfig) -> Plan:
     """Lists the source once.
 
     Raises:
-        ValueError: nothing there, or images both in sub-folders and outside while `classes` asks for one class an
-            image.
+        ValueError: nothing there; labels that are not as asked; a set at `config.url` made by another policy.
     """
-    local = storage.local_path(config.source)
-    if local is not None and not local.is_dir():
-        raise ValueError(f"source {config.source} is not a folder")
+    before = _standing(config)
+    source = open_source(config)
     spool = tempfile.TemporaryFile(prefix="raydiffusion-listing-")  # noqa: SIM115 - the plan closes it
-    total = hashlib.sha256(json.dumps(config.policy, sort_keys=True).encode())
-    offsets, hashes, classes = _Column(), _Column(), set[str]()
-    bare: str | None = None
-    at = 0
-    for entry in storage.list_files(config.source):
-        line = json.dumps([entry.path, entry.size]).encode()
-        total.update(line)
-        spool.write(line)
+    try:
+        total = hashlib.sha256(json.dumps(config.policy, sort_keys=True).encode())
+        offsets, hashes, weights, at = array("q"), array("Q"), array("q"), 0
+        for unit in source.units():
+            line = json.dumps([unit.path, unit.size, unit.group, unit.weight]).encode()
+            total.update(line)
+            spool.write(line)
+            offsets.append(at)
+            hashes.append(_hash(unit.path))
+            if not source.mixed:
+                weights.append(unit.weight)
+            at += len(line)
+        spool.flush()
         offsets.append(at)
-        hashes.append(int.from_bytes(hashlib.blake2b(entry.path.encode(), digest_size=8).digest(), "little") >> 1)
-        at += len(line)
-        folder, _, rest = entry.path.partition("/")
-        if rest:
-            classes.add(folder)
-        elif bare is None:
-            bare = entry.path
-    spool.flush()
-    offsets.append(at)
-    size = len(hashes)
-    if size == 0:
-        spool.close()
-        raise ValueError(f"source {config.source} is empty: no files in it")
-    if config.classes and classes and bare is not None:
-        spool.close()
-        raise ValueError(
-            f"source {config.source} has {bare!r} outside of its class folders "
-            f"({', '.join(sorted(classes)[:5])}, ...); move it into one of them, or set classes: false"
+        if not hashes:
+            raise ValueError(f"source {config.source} is empty: no files in it")
+        labels = source.labels()
+        hashed = np.frombuffer(hashes, dtype=np.uint64)
+        new: NDArray[np.int64] | None = None  # all of it
+        extras, classes = labels.extras, tuple(sorted(labels.classes))
+        if before is not None:
+            known = before.plan == total.hexdigest() or np.isin(hashed, _known(before, source.mixed))
+            new = np.flatnonzero(~np.broadcast_to(known, hashed.shape))
+            extras = before.extras
+            classes = before.names.classes + tuple(sorted(labels.classes - set(before.names.classes)))
+        if source.mixed:
+            order = _mixed(hashed, new)
+            cuts = np.append(np.arange(0, len(order), source.slice_weight), len(order))
+        else:
+            order = np.arange(len(hashed)) if new is None else new
+            cuts = _cut(np.frombuffer(weights, np.int64)[order], source.slice_weight)
+        return Plan(
+            config, total.hexdigest(), before, extras, classes, order, cuts, np.frombuffer(offsets, np.int64), spool
         )
-    names = tuple(sorted(classes)) if config.classes else ()
-    return Plan(
-        config, total.hexdigest(), names, size, np.argsort(hashes.array(), kind="stable"), offsets.array(), spool
-    )
+    except BaseException:
+        spool.close()
+        raise
 
 
-def make_slice(config: ShardConfig, building: str, task: Slice) -> SliceDone:
-    """Reads, checks, resizes and encodes one slice's images, writes its tars and then its part record. A pure
-    function of its arguments and the source: the same bytes each time.
+def _standing(config: ShardConfig) -> Manifest | None:
+    """The set at `config.url`, if there is one.
 
     Raises:
-        OSError: a store that does not answer (an unreadable *image* is counted and listed, not raised).
+        ValueError: it was made by another policy.
     """
-    writers = {split: _ShardWriter(split, config, bool(task.classes)) for split in SPLITS}
-    rejected: list[tuple[str, str]] = []
-    limits = images.Limits(config.max_image_bytes, config.max_image_pixels)
-    threshold = int(config.held_out * 2**64)
-    jobs = [(path, size) for path, size in zip(task.paths, task.sizes, strict=True)]
-    for number, (path, data) in enumerate(
-        _ahead(
-            lambda job: _source_bytes(config, limits, *job), jobs, READS_AHEAD if storage.is_s3(config.source) else 0
+    if not storage.exists(storage.join(config.url, "manifest.json")):
+        return None
+    found = manifests.load(config.url)
+    if found.mixture:
+        raise ValueError(f"{config.url} holds a mixture; choose another url for a set of its own")
+    there = found.card["policy"]
+    changed = [
+        f"{name}: {there.get(name)!r} there, {v!r} asked" for name, v in config.policy.items() if there.get(name) != v
+    ]
+    if changed:
+        raise ValueError(
+            f"{config.url} already holds another set, {found.digest[:12]} ({'; '.join(changed)}); choose another url"
         )
-    ):
-        try:
-            if isinstance(data, ValueError):
-                raise data
-            original = images.decode(data, config.channels, limits)
-            pixels = images.fit(original, config.image_size, config.resize)
-        except ValueError as error:
-            rejected.append((path, str(error)))
-            continue
-        content = hashlib.sha256(b"%d %d %d\n" % pixels.shape + pixels.tobytes()).digest()
-        split = HELD_OUT if int.from_bytes(content[:8], "big") < threshold else TRAIN
-        label = task.classes[path.partition("/")[0]] if task.classes else None
-        writers[split].add(
-            f"{task.index:05d}-{number:05d}", pixels, content, label, (original.shape[1], original.shape[0]), path
-        )
-    parts = [writer.write(config.url, task.index) for writer in writers.values() if writer.rows]
-    rows = pa.Table.from_pylist([row for part in parts for row in part.rows], schema=manifests.SAMPLES_SCHEMA)
-    note = {
-        "shards": [part.shard for part in parts],
-        "statistics": {part.shard["split"]: part.statistics for part in parts},
-        "rejected": rejected,
-    }
-    storage.write_bytes(
-        part_url(building, task.index),
-        manifests.parquet_bytes(rows.replace_schema_metadata({b"part": json.dumps(note).encode()})),
-    )
-    return SliceDone(task.index, rows.num_rows, len(rejected), sum(part.shard["size"] for part in parts))
+    return found
 
 
-def part_url(building: str, index: int) -> str:
-    """Where a slice's part record lies."""
-    return storage.join(building, f"{index:05d}.parquet")
+def _hash(path: str) -> int:
+    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _known(before: Manifest, images: bool) -> NDArray[np.uint64]:
+    """Hashes of the paths that earlier versions read; a tar's or table's images are PATH#NAME."""
+    found = array("Q")
+    for tables in (before.sample_tables, before.reject_tables):
+        for rows in manifests.sample_batches(before.url, tables, ["source"]):
+            names = rows["source"].to_pylist()
+            found.extend(_hash(name) for name in (names if images else {name.partition("#")[0] for name in names}))
+    return np.frombuffer(found, dtype=np.uint64)
+
+
+def _mixed(hashed: NDArray[np.uint64], new: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """The new entries (None: all) in the order of their hashes. The hash gives its low bits to the entry's number and
+    is sorted in place: a third of the memory of an argsort.
+    """
+    mask = np.uint64((1 << max(1, len(hashed)).bit_length()) - 1)
+    keys = (hashed if new is None else hashed[new]) & ~mask
+    for first in range(0, len(keys), 1 << 20):
+        stop = min(first + (1 << 20), len(keys))
+        numbers = np.arange(first, stop) if new is None else new[first:stop]
+        keys[first:stop] |= numbers.astype(np.uint64)
+    keys.sort()
+    keys &= mask
+    return keys.view(np.int64)
+
+
+def _cut(weights: NDArray[np.int64], least: int) -> NDArray[np.int64]:
+    """Where slices begin, each the shortest run of at least `least` in weight; and the end."""
+    cuts, total = [0], np.cumsum(weights)
+    while cuts[-1] < len(weights):
+        done = int(total[cuts[-1] - 1]) if cuts[-1] else 0
+        cuts.append(min(len(weights), int(np.searchsorted(total, done + least, side="left")) + 1))
+    return np.array(cuts, dtype=np.int64)
 
 
 def finished(work: Plan) -> dict[int, SliceDone]:
@@ -256,106 +206,187 @@ def finished(work: Plan) -> dict[int, SliceDone]:
     for entry in storage.list_files(work.building):
         if not re.fullmatch(r"[0-9]{5,}\.parquet", entry.path):
             continue
-        table, note = _read_part(storage.join(work.building, entry.path))
-        if all(shards.get(shard["url"]) == shard["size"] for shard in note["shards"]):
-            index = int(entry.path.split(".")[0])
+        index = int(entry.path.split(".")[0])
+        part = read_part(storage.join(work.building, entry.path))
+        if index in work.indices and all(shards.get(shard["url"]) == shard["size"] for shard in part.shards):
             done[index] = SliceDone(
-                index, table.num_rows, len(note["rejected"]), sum(shard["size"] for shard in note["shards"])
+                index, part.rows.num_rows, part.rejected, sum(shard["size"] for shard in part.shards)
             )
     return done
 
 
 def commit(work: Plan) -> Manifest:
-    """Joins all part records into the set's tables and writes the manifest, last.
+    """Joins all part records into the set's next version, the manifest last. Gives back the version that stands where
+    nothing is new.
 
     Raises:
-        ValueError: not one readable image.
+        ValueError: not one readable image; a removal list that cannot be read.
     """
-    config = work.config
-    shards: list[dict[str, Any]] = []
-    rejected: list[tuple[str, str]] = []
-    statistics: dict[str, list[NDArray[Any]]] = {split: [] for split in SPLITS}
-    contents: list[bytes] = []
+    config, before = work.config, work.before
+    if before is not None and not work.indices and not config.removals:
+        return before
+    shards: list[dict[str, Any]] = before.shards.to_pylist() if before else []
+    rejects: list[tuple[str, str]] = []
+    rejected, tags = 0, set[str]()
+    sums: dict[str, list[Any]] = {split: [] for split in SPLITS}
     with tempfile.TemporaryDirectory(prefix="raydiffusion-commit-") as folder:
         path = os.path.join(folder, "samples.parquet")
         with pq.ParquetWriter(path, manifests.SAMPLES_SCHEMA, compression="zstd") as writer:
-            for index in range(work.slices):
-                table, note = _read_part(part_url(work.building, index))
-                if table.num_rows:
-                    writer.write_table(table.replace_schema_metadata(None))
-                shards += note["shards"]
-                rejected += [(source, reason) for source, reason in note["rejected"]]
-                contents += [row[:16] for row in table["content"].to_pylist()]
-                for split, values in note["statistics"].items():
-                    statistics[split].append(np.array(values, dtype=object))
+            for index in work.indices:
+                part = read_part(part_url(work.building, index))
+                if part.rows.num_rows:
+                    writer.write_table(part.rows)
+                    tags.update(tag for listed in part.rows["tags"].to_pylist() for tag in listed or ())
+                shards += part.shards
+                rejects += part.rejects
+                rejected += part.rejected
+                for split, values in part.sums.items():
+                    sums[split].append(np.array(values, dtype=object))
         if not shards:
-            reasons = "; ".join(f"{source}: {reason}" for source, reason in rejected[:3])
-            raise ValueError(f"source {config.source}: none of {work.size} files is a readable image ({reasons})")
+            reasons = "; ".join(f"{source}: {reason}" for source, reason in rejects[:3])
+            raise ValueError(f"source {config.source}: none of {work.listed} files is a readable image ({reasons})")
+        names = _names(work, shards, tags)
+        copies, gone = _removed(config, before, path)
+        if before is not None and not work.indices and gone.num_rows == before.removed.num_rows:
+            return before
         shards.sort(key=lambda row: (SPLITS.index(row["split"]), int(row["url"].split("-")[1])))
-        card = _card(
-            work,
-            shards,
-            len(rejected),
-            len(contents) - len(set(contents)),
-            {split: np.sum(values, axis=0) for split, values in statistics.items() if values},
-        )
-        rejects = pa.Table.from_pylist(
-            [{"source": source, "reason": reason} for source, reason in rejected], schema=manifests.REJECTS_SCHEMA
-        )
+        card = make_card(config, before, names, shards, gone, (work.listed, rejected, copies), sums)
         made = manifests.commit(
             config.url,
-            config.image,
-            work.class_names,
-            pa.Table.from_pylist(shards, schema=manifests.SHARDS_SCHEMA),
-            path,
-            rejects,
-            card,
-            work.digest,
+            Version(
+                config.image,
+                work.extras,
+                names,
+                pa.Table.from_pylist(shards, schema=manifests.SHARDS_SCHEMA),
+                gone,
+                card,
+                work.digest,
+                work.indices.stop,
+                path if work.indices else None,
+                pa.Table.from_pylist(
+                    [{"source": source, "reason": reason} for source, reason in rejects],
+                    schema=manifests.REJECTS_SCHEMA,
+                ),
+                before,
+            ),
         )
     clean(work)
     return made
 
 
-def standing(work: Plan) -> Manifest | None:
-    """The finished set at the plan's URL, if there is one.
+def _names(work: Plan, shards: list[dict[str, Any]], tags: set[str]) -> Names:
+    """What classes and tags are called: old names keep their numbers."""
+    classes = work.classes
+    if tar.CLASS in work.extras:
+        most = max((label for row in shards for label in row["classes"]), default=-1)
+        if most >= 1 << 20:
+            raise ValueError(f"source {work.config.source}: class {most}; classes are numbers below {1 << 20}")
+        classes += tuple(str(number) for number in range(len(classes), most + 1))
+    old = work.before.names.tags if work.before else ()
+    all_tags = old + tuple(sorted(tags - set(old)))
+    if len(all_tags) > MOST_TAGS:
+        raise ValueError(f"source {work.config.source}: {len(all_tags)} different tags; at most {MOST_TAGS}")
+    return Names(classes, all_tags)
 
-    Raises:
-        ValueError: it was made from other images or by another policy.
+
+def _removed(config: ShardConfig, before: Manifest | None, path: str) -> tuple[int, Table]:
+    """How many images are exact copies of an earlier one, and the table of what readers leave out: what was so before,
+    the copies where they are dropped, and what the removal list names.
     """
-    if not storage.exists(storage.join(work.config.url, "manifest.json")):
-        return None
-    found = manifests.load(work.config.url)
-    if found.plan == work.digest:
-        return found
-    changed = [
-        f"{name}: {found.card['policy'].get(name)!r} there, {value!r} asked"
-        for name, value in work.config.policy.items()
-        if found.card["policy"].get(name) != value
-    ]
-    reason = (
-        "; ".join(changed) or f"the source lists other files than it did ({work.size} now, {found.card['listed']} then)"
-    )
-    raise ValueError(f"{work.config.url} already holds another set, {found.digest[:12]} ({reason}); choose another url")
+    tables = before.sample_tables if before else ()
+    url = before.url if before else config.url
+    digests = removals.read_list(config.removals) if config.removals else set[bytes]()
+    contents: list[NDArray[np.uint64]] = []
+    shards: list[str] = []
+    first: list[int] = []  # of each shard, the number of its first row over all tables
+    named: dict[tuple[str, int], str] = {}
+    total = 0
+    for rows in (*manifests.sample_batches(url, tables, list(_LOOKED_UP)), *_local_batches(path)):
+        for number, shard in enumerate(rows["shard"].to_pylist()):
+            if not shards or shards[-1] != shard:
+                shards.append(shard)
+                first.append(total + number)
+        for name in removals.COLUMNS if digests else ():
+            for number, digest in enumerate(rows[name].to_pylist()):
+                if digest in digests:
+                    place = int(np.searchsorted(first, total + number, side="right")) - 1
+                    named[shards[place], total + number - first[place]] = f"removal list: {digest.hex()}"
+        data = b"".join(content[:16] for content in rows["content"].to_pylist())
+        contents.append(np.frombuffer(data, dtype=np.uint64).reshape(-1, 2))
+        total += rows.num_rows
+    copies = _copies(np.concatenate(contents)) if contents else np.empty(0, np.int64)
+    gone = dict[tuple[str, int], str]()
+    if before is not None:
+        old = (before.removed[name].to_pylist() for name in ("shard", "index", "reason"))
+        gone |= {(shard, index): reason for shard, index, reason in zip(*old, strict=True)}
+    if config.duplicates == "drop":
+        places = np.searchsorted(first, copies, side="right") - 1
+        for place, row in zip(places.tolist(), copies.tolist(), strict=True):
+            gone.setdefault((shards[place], row - first[place]), DUPLICATE)
+    gone |= named
+    listed = [{"shard": shard, "index": index, "reason": reason} for (shard, index), reason in sorted(gone.items())]
+    return len(copies), pa.Table.from_pylist(listed, schema=manifests.REMOVED_SCHEMA)
+
+
+_LOOKED_UP = ("shard", *removals.COLUMNS)
+
+
+def _local_batches(path: str) -> list[Table]:
+    with pq.ParquetFile(path) as file:
+        return [file.read_row_group(group, columns=list(_LOOKED_UP)) for group in range(file.num_row_groups)]
+
+
+def _copies(contents: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The rows (in order) whose 128 bits an earlier row has."""
+    order = np.lexsort((contents[:, 1], contents[:, 0]))  # stable: of equals the first row comes first
+    sorted_ = contents[order]
+    again = np.flatnonzero((sorted_[1:] == sorted_[:-1]).all(axis=1)) + 1
+    return np.sort(order[again])
 
 
 def shard_in_process(config: ShardConfig) -> Manifest:
-    """The whole job without Ray, one slice after the other; goes on where it was cut off, keeps a finished set.
+    """The whole job without Ray, one slice after the other; goes on where it was cut off, extends a finished set.
 
     Raises:
-        ValueError, OSError: as `plan`, `make_slice`, `commit`, `standing`.
+        ValueError, OSError: as `plan`, `make_slice`, `commit`, `manifest.mix`.
     """
+    if config.mixture:
+        return manifests.mix(config.url, config.mixture)
     work = plan(config)
     try:
-        done = standing(work)
-        if done is not None:
-            return done
         there = finished(work)
-        for index in range(work.slices):
+        for index in work.indices:
             if index not in there:
                 make_slice(config, work.building, work.slice(index))
         return commit(work)
     finally:
         work.close()
+
+
+def made_again(work: Plan, indices: Iterable[int]) -> Iterator[Slice]:
+    """The tasks that made some slices of the standing set, from its samples' rows.
+
+    Raises:
+        OSError: the tables cannot be read.
+    """
+    standing = work.before
+    if standing is None:
+        return
+    numbers: dict[int, dict[str, int]] = {index: {} for index in indices}
+    for rows in manifests.sample_batches(standing.url, standing.sample_tables, ["key", "source"]):
+        for key, source in zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True):
+            index, number = (int(part) for part in key.split("-"))
+            if index in numbers:
+                numbers[index][source] = number
+    source = open_source(work.config)
+    classes = {name: i for i, name in enumerate(standing.names.classes)}
+    for index, wanted in numbers.items():
+        if source.mixed:
+            units = [Unit(path, 0, 0, 1) for path in sorted(wanted, key=wanted.__getitem__)]
+        else:
+            files = {name.partition("#")[0] for name in wanted}
+            units = [unit for unit in source.units() if unit.path in files]
+        yield Slice(index, tuple(units), standing.extras, classes, wanted)
 
 
 def clean(work: Plan) -> None:
@@ -378,154 +409,3 @@ def damage(url: str, shard: str, size: int, sha256: str) -> str | None:
 def slice_of(shard: str) -> int:
     """The slice that made a shard."""
     return int(shard.split("-")[1])
-
-
-@dataclass(frozen=True)
-class _Part:
-    shard: dict[str, Any]
-    rows: list[dict[str, Any]]
-    statistics: list[list[int]]
-
-
-class _ShardWriter:
-    """One tar in memory, its table rows and its exact channel sums."""
-
-    def __init__(self, split: str, config: ShardConfig, labelled: bool) -> None:
-        self.split, self.config, self.labelled = split, config, labelled
-        self.tar = bytearray()
-        self.rows: list[dict[str, Any]] = []
-        self.statistics = np.zeros((2, config.channels), dtype=np.int64)
-
-    def add(
-        self, key: str, pixels: images.UInt8s, content: bytes, label: int | None, original: tuple[int, int], source: str
-    ) -> None:
-        payload = images.encode_png(pixels) if self.config.encoding == "png" else encode_raw(pixels)
-        self.tar += tar.header(key.encode() + tar.SUFFIX[self.config.encoding], len(payload))
-        offset = len(self.tar)
-        self.tar += tar.padded(payload)
-        if self.labelled:
-            text = b"%d" % (label or 0)
-            self.tar += tar.header(key.encode() + b".cls", len(text)) + tar.padded(text)
-        flat = pixels.reshape(-1, pixels.shape[2]).astype(np.int64)
-        self.statistics += np.stack([flat.sum(axis=0), (flat * flat).sum(axis=0)])
-        sha256 = hashlib.sha256(payload).digest()
-        width, height = original
-        self.rows.append(
-            {
-                "key": key,
-                "offset": offset,
-                "size": len(payload),
-                "sha256": sha256,
-                "content": content,
-                "label": label,
-                "width": width,
-                "height": height,
-                "source": source,
-            }
-        )
-
-    def write(self, url: str, index: int) -> _Part:
-        data = bytes(self.tar + tar.END)
-        sha256 = storage.digest(data)
-        name = f"shards/{self.split}-{index:05d}-{sha256[:12]}.tar"
-        storage.write_bytes(storage.join(url, *name.split("/")), data)
-        counts = sorted(Counter(row["label"] for row in self.rows).items()) if self.labelled else []
-        shard = {
-            "url": name,
-            "split": self.split,
-            "size": len(data),
-            "sha256": sha256,
-            "samples": len(self.rows),
-            "classes": [label for label, _ in counts],
-            "class_counts": [count for _, count in counts],
-        }
-        return _Part(shard, [row | {"shard": name} for row in self.rows], self.statistics.tolist())
-
-
-def encode_raw(pixels: images.UInt8s) -> bytes:
-    """(H, W, C) -> a .npy file of (C, H, W) uint8, which readers copy as it lies."""
-    sink = io.BytesIO()
-    np.lib.format.write_array(sink, np.ascontiguousarray(pixels.transpose(2, 0, 1)), version=(1, 0), allow_pickle=False)
-    return sink.getvalue()
-
-
-class _Column:
-    """A growing column of int64, 8 bytes an entry."""
-
-    def __init__(self) -> None:
-        self.values = np.empty(1024, dtype=np.int64)
-        self.used = 0
-
-    def __len__(self) -> int:
-        return self.used
-
-    def append(self, value: int) -> None:
-        if self.used == len(self.values):
-            self.values = np.concatenate([self.values, np.empty(len(self.values), dtype=np.int64)])
-        self.values[self.used] = value
-        self.used += 1
-
-    def array(self) -> NDArray[np.int64]:
-        return self.values[: self.used]
-
-
-def _source_bytes(config: ShardConfig, limits: images.Limits, path: str, size: int) -> tuple[str, bytes | ValueError]:
-    """One source image's bytes, or why it cannot be read."""
-    if size > limits.bytes:
-        return path, ValueError(f"{size} bytes, more than the limit of {limits.bytes}")
-    try:
-        return path, storage.read_bytes(f"{config.source.rstrip('/')}/{path}", 0, limits.bytes + 1)
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        return path, ValueError(f"cannot be read: {error.strerror or error}")
-    except ValueError as error:  # a key that is no URL
-        return path, error
-
-
-def _ahead(call: Callable[[T], R], jobs: list[T], workers: int) -> Iterator[R]:
-    """call(job) for each job in order, `workers` of them under way in threads; 0: one after the other."""
-    if workers == 0:
-        yield from map(call, jobs)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[R]] = deque()
-        for job in jobs:
-            waiting.append(pool.submit(call, job))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _read_part(url: str) -> tuple[manifests.Table, dict[str, Any]]:
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(url)))
-    return table, json.loads((table.schema.metadata or {})[b"part"])
-
-
-def _card(
-    work: Plan, shards: list[dict[str, Any]], rejected: int, duplicates: int, statistics: dict[str, NDArray[Any]]
-) -> dict[str, Any]:
-    counts = {split: sum(row["samples"] for row in shards if row["split"] == split) for split in SPLITS}
-    per_class = {name: dict.fromkeys(SPLITS, 0) for name in work.class_names}
-    for row in shards:
-        for label, count in zip(row["classes"], row["class_counts"], strict=True):
-            per_class[work.class_names[label]][row["split"]] += count
-    split = TRAIN if counts[TRAIN] else HELD_OUT
-    pixels = counts[split] * work.config.image_size**2
-    sums, squares = (np.array([int(value) for value in row], dtype=np.float64) for row in statistics[split])
-    mean = sums / pixels
-    return {
-        "samples": counts,
-        "shards": {split: sum(row["split"] == split for row in shards) for split in SPLITS},
-        "bytes": sum(row["size"] for row in shards),
-        "classes": list(work.class_names),
-        "per_class": per_class,
-        "channel_mean": mean.tolist(),
-        "channel_std": np.sqrt(np.maximum(squares / pixels - mean**2, 0.0)).tolist(),
-        "channel_statistics_of": f"{split}, in grey levels 0..255",
-        "listed": work.size,
-        "rejected": rejected,
-        "exact_duplicates": duplicates,
-        "image": asdict(work.config.image),
-        "source": work.config.source,
-        "policy": work.config.policy,
-    }

@@ -8,28 +8,37 @@ S3 is reached through boto3, which takes endpoint, region and credentials from t
 
 import contextlib
 import hashlib
+import io
 import os
 import random
 import re
 import shutil
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 T = TypeVar("T")
 
 ATTEMPTS = 8
-FIRST_DELAY_S = 0.1
+FIRST_DELAY_S = 0.05
 LONGEST_DELAY_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 10.0  # without a single byte
 MISSING_ATTEMPTS = 3  # a 404 for an object that should exist is tried again: stores answer so while they settle
 ONE_PUT_BYTES = 5 << 30
 LIST_PAGE = 1000
+HEDGE_TIMES, HEDGE_LEAST_S, HEDGE_FIRST_S = 4.0, 0.2, 1.0  # when a read is asked for a second time, see _Hedge
+RANGE_BYTES = 1 << 20  # read at a time by a file over ranges
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*):")
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
@@ -110,9 +119,9 @@ def is_s3(url: str) -> bool:
     return parse(url).bucket is not None
 
 
-def digest(data: bytes | bytearray | memoryview) -> str:
+def digest(data: bytes | bytearray | memoryview | NDArray[np.uint8]) -> str:
     """sha256 in hex."""
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data.data if isinstance(data, np.ndarray) else data).hexdigest()
 
 
 def digest_of(url: str) -> str:
@@ -181,7 +190,119 @@ def read_bytes(url: str, start: int = 0, stop: int | None = None) -> bytes:
             raise ConnectionError(f"body of {len(body)} bytes where {answer['ContentLength']} were announced")
         return body
 
-    return _retried(url, fetch)
+    return _retried(url, lambda: HEDGE.run(fetch))
+
+
+class _Hedge:
+    """Reads of S3 objects that stall are asked for a second time; the first answer counts.
+
+    One stalled connection holds up a whole ordered stream, and stores do stall. A read is stalled when it takes
+    HEDGE_TIMES as long as the median of the last reads that ended well (HEDGE_FIRST_S before there are any). At most
+    one more request is made a read, and the one that lost ends by itself after READ_TIMEOUT_S.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seconds: deque[float] = deque(maxlen=64)
+        self.hedged = 0
+
+    def run(self, fetch: Callable[[], bytes]) -> bytes:
+        """What `fetch` returns; raises what the last of its runs raised."""
+        first = self._start(fetch)
+        done, _ = wait([first], timeout=self._patience())
+        if done:
+            return first.result()
+        with self.lock:
+            self.hedged += 1
+        second = self._start(fetch)
+        done, _ = wait([first, second], return_when=FIRST_COMPLETED)
+        # where only the second failed, its error counts: to wait for the first could take all of READ_TIMEOUT_S
+        return next(
+            (future for future in done if future.exception() is None), second if second in done else first
+        ).result()
+
+    def _patience(self) -> float:
+        with self.lock:
+            typical = sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else None
+        return HEDGE_FIRST_S if typical is None else max(HEDGE_LEAST_S, HEDGE_TIMES * typical)
+
+    def _start(self, fetch: Callable[[], bytes]) -> "Future[bytes]":
+        future: Future[bytes] = Future()
+        # a thread of its own that nobody waits for: an executor would wait for the stalled one when Python ends
+        threading.Thread(target=self._work, args=(fetch, future), name="s3-read", daemon=True).start()
+        return future
+
+    def _work(self, fetch: Callable[[], bytes], future: "Future[bytes]") -> None:
+        began = time.monotonic()
+        try:
+            data = fetch()
+        except BaseException as error:
+            future.set_exception(error)
+            return
+        with self.lock:
+            self.seconds.append(time.monotonic() - began)
+        future.set_result(data)
+
+
+HEDGE = _Hedge()
+
+
+def open_ranges(url: str) -> IO[bytes]:
+    """A file to read and seek in without fetching it whole: local, or by range requests of at least RANGE_BYTES.
+
+    Raises:
+        FileNotFoundError: nothing there.
+    """
+    location = parse(url)
+    if location.bucket is None:
+        return open(location.path, "rb")
+    return io.BufferedReader(_Ranges(url), RANGE_BYTES)
+
+
+class _Ranges(io.RawIOBase):
+    """An object of S3 as a file."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.size, self.at = url, size_of(url), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(0, offset + (0, self.at, self.size)[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        data = read_bytes(self.url, self.at, min(self.at + len(buffer), self.size))
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+def read_array(url: str, stop: int) -> NDArray[np.uint8]:
+    """The first `stop` bytes of the file, or all where it has fewer, as an array: large ones lie in huge pages, which
+    costs a third of what a bytes object does.
+
+    Raises:
+        FileNotFoundError: nothing there. StorageError: as `read_bytes`.
+    """
+    location = parse(url)
+    if location.bucket is not None:
+        return np.frombuffer(read_bytes(url, 0, stop), np.uint8)
+    with open(location.path, "rb", buffering=0) as file:
+        data, at = np.empty(min(stop, os.fstat(file.fileno()).st_size), np.uint8), 0
+        while at < len(data):
+            count = file.readinto(data.data[at:])
+            if not count:
+                break
+            at += count
+    return data[:at]
 
 
 def write_bytes(url: str, data: bytes | bytearray | memoryview) -> None:

@@ -9,65 +9,32 @@ batches in order. Who reads is a detail: `ThreadReaders` here, Ray tasks in `clu
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.data import blocks
-from pipeline.data.blocks import Block, BlockRequest, ShardRef
-from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest, Split
-from pipeline.data.order import Order, key_of, keyed_uniform
+from pipeline.data.blocks import Block, BlockRequest, Reading
+from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest
+from pipeline.data.request import Requests, StreamConfig, shard_request
+from pipeline.data.tar import DamagedShard
 
 BLOCK_IMAGES = 2048  # the most images a block: a reader's latency
 BLOCK_BYTES = 16 << 20
 BLOCKS_AHEAD = 2  # at least: one consumed, one under way
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """What the training stream reads and how far ahead."""
-
-    url: Annotated[str, "the shard set, a folder or s3:// prefix"]
-    batch_size: Annotated[int, "images of the global batch, over all workers"] = 128
-    logical_shards: Annotated[int, "parts of the global batch, fixed for a run whatever the number of workers"] = 2
-    window: Annotated[int, "tar shards shuffled together"] = 8
-    seed: Annotated[int, "of order and augmentation"] = 0
-    flip: Annotated[float, "probability of mirroring an image left to right"] = 0.0
-    readers: Annotated[int, "threads, or Ray tasks at a time, a worker"] = 2
-    reader_cpus: Annotated[float, "CPUs a Ray reader task asks for"] = 0.25
-    read_ahead_bytes: Annotated[int, "decoded bytes read ahead, a worker"] = 256 << 20
-    cache_bytes: Annotated[
-        int, "verified shard bytes a reading process keeps; at best window x shard size x logical shards of a worker"
-    ] = 512 << 20
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "logical_shards", "window", "readers", "read_ahead_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.batch_size % self.logical_shards:
-            raise ValueError(
-                f"batch_size must be a multiple of logical_shards; got {self.batch_size} and {self.logical_shards}"
-            )
-        if not 0.0 <= self.flip <= 1.0:
-            raise ValueError(f"flip must be a probability; got {self.flip}")
-        if self.cache_bytes < 0 or self.reader_cpus < 0:
-            raise ValueError(
-                f"cache_bytes and reader_cpus must not be negative; got {self.cache_bytes} and {self.reader_cpus}"
-            )
-
-    @property
-    def shard_batch(self) -> int:
-        """Samples of one logical shard a step, b = B / L."""
-        return self.batch_size // self.logical_shards
+STAND_IN_TRIES = 64
 
 
 @dataclass(frozen=True)
 class Batch:
     """One logical shard's part of one global batch: images (b, C, H, W) uint8, labels (b,) int64 or None where the
-    set has no classes, ids (b,) int64.
+    set has no classes, ids (b,) int64, tags (b, K) uint8 of 0 and 1 or None, captions.
+
+    `stands_in` (b,) bool is None where every sample is the scheduled one; True marks one that stands in for a
+    scheduled sample that is damaged or was taken down. `lost` are the ids of those.
     """
 
     step: int
@@ -75,6 +42,10 @@ class Batch:
     images: Tensor
     labels: Tensor | None
     ids: Tensor
+    tags: Tensor | None = None
+    captions: tuple[str, ...] | None = None
+    stands_in: Tensor | None = None
+    lost: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +102,7 @@ class Stream:
     Attributes:
         step: the next step of which no batch was handed out yet: with it as `start_step`, another stream goes on
             exactly here.
+        damage: by (shard, offset), what was found wrong with shards that were read on quarantine.
 
     Raises:
         ValueError: logical shards that do not exist; read_ahead_bytes below what two blocks of one step need.
@@ -151,13 +123,13 @@ class Stream:
         if start_step < 0:
             raise ValueError(f"start_step must not be negative; got {start_step}")
         self.config, self.manifest, self.logical_shards, self.step = config, manifest, tuple(logical_shards), start_step
-        self.split = manifest.split(TRAIN)
-        self.order = order_of(config, manifest)
+        self.requests = Requests(config, manifest)
         self.steps_a_block = steps_a_block(config, manifest, len(logical_shards))
         block_bytes = self.steps_a_block * config.shard_batch * manifest.image.bytes
         enough = BLOCKS_AHEAD * (len(logical_shards) + config.readers)  # every reader has one to do and one to do next
         self.most_blocks = max(BLOCKS_AHEAD * len(logical_shards), min(enough, config.read_ahead_bytes // block_bytes))
         self.readers = readers
+        self.damage: dict[tuple[str, int], DamagedShard] = {}
         self.under_way: deque[Any] = deque()
         self._batches = self._generate(start_step)
 
@@ -183,14 +155,14 @@ class Stream:
         requests = self._requests(start_step)
         first = start_step
         while True:
-            held: list[Block] = []  # the blocks being consumed: they count as read ahead
+            held: list[_Held] = []  # the blocks being consumed: they count as read ahead
             stop = (first // self.steps_a_block + 1) * self.steps_a_block
             for step in range(first, stop):
                 for place, _ in enumerate(self.logical_shards):
                     while len(self.under_way) + len(held) < self.most_blocks:
                         self.under_way.append(self.readers.submit(next(requests)))
                     if step == first:
-                        held.append(self.readers.result(self.under_way[0]))
+                        held.append(self._made_whole(self.readers.result(self.under_way[0])))
                         self.under_way.popleft()
                     self.step = step + 1
                     yield self._batch(held[place], step)
@@ -203,16 +175,81 @@ class Stream:
         while True:
             stop = (first // self.steps_a_block + 1) * self.steps_a_block
             for logical_shard in self.logical_shards:
-                yield block_request(self.config, self.manifest, self.split, self.order, logical_shard, first, stop)
+                yield self.requests.block(logical_shard, first, stop)
             first = stop
 
-    def _batch(self, block: Block, step: int) -> Batch:
-        b = self.config.shard_batch
-        rows = slice((step - block.first_step) * b, (step - block.first_step + 1) * b)
-        images, labels, ids = (
-            torch.from_numpy(array[rows].copy()) for array in (block.images, block.labels, block.ids)
+    def _made_whole(self, block: Block) -> "_Held":
+        """A block with others standing in for its lost samples.
+
+        Raises:
+            DamagedShard: no sample was found to stand in.
+        """
+        self._note(block)
+        lost = np.flatnonzero(block.lost)
+        if not len(lost):
+            return _Held(block, None, block.ids)
+        images, labels, ids = block.images.copy(), block.labels.copy(), block.ids.copy()
+        tags = None if block.tags is None else block.tags.copy()
+        captions = None if block.captions is None else list(block.captions)
+        left = lost
+        for attempt in range(STAND_IN_TRIES):
+            positions = block.first_step * self.config.shard_batch + left
+            other = self.readers.result(
+                self.readers.submit(self.requests.stand_ins(block.logical_shard, positions, attempt))
+            )
+            self._note(other)
+            good = ~other.lost
+            rows = left[good]
+            images[rows], labels[rows], ids[rows] = other.images[good], other.labels[good], other.ids[good]
+            if tags is not None and other.tags is not None:
+                tags[rows] = other.tags[good]
+            if captions is not None and other.captions is not None:
+                for row, number in zip(rows.tolist(), np.flatnonzero(good).tolist(), strict=True):
+                    captions[row] = other.captions[number]
+            left = left[~good]
+            if not len(left):
+                texts = None if captions is None else tuple(captions)
+                whole = replace(block, images=images, labels=labels, ids=ids, tags=tags, captions=texts)
+                return _Held(whole, block.lost, block.ids)
+        raise next(iter(self.damage.values()), None) or ValueError(
+            f"logical shard {block.logical_shard}: nothing is left to stand in for samples that were taken down"
         )
-        return Batch(step, block.logical_shard, images, labels if self.manifest.labelled else None, ids)
+
+    def _note(self, block: Block) -> None:
+        for found in block.damage:
+            self.damage.setdefault((found.shard, found.offset), found)
+
+    def _batch(self, held: "_Held", step: int) -> Batch:
+        block, b = held.block, self.config.shard_batch
+        rows = slice((step - block.first_step) * b, (step - block.first_step + 1) * b)
+        # Ray's blocks are read-only and shared: a batch gets bytes of its own; those of a thread are its own already
+        images, labels, ids = (
+            torch.from_numpy(array[rows] if array.flags.writeable else array[rows].copy())
+            for array in (block.images, block.labels, block.ids)
+        )
+        replaced = held.stands_in is not None and bool(held.stands_in[rows].any())
+        return Batch(
+            step,
+            block.logical_shard,
+            images,
+            labels if self.manifest.labelled else None,
+            ids,
+            None if block.tags is None else torch.from_numpy(block.tags[rows].copy()),
+            None if block.captions is None else block.captions[rows],
+            torch.from_numpy(held.stands_in[rows].copy()) if replaced and held.stands_in is not None else None,
+            tuple(held.scheduled[rows][held.stands_in[rows]].tolist())
+            if replaced and held.stands_in is not None
+            else (),
+        )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A block without gaps, which of its samples stand in (None: none), and the ids that were scheduled."""
+
+    block: Block
+    stands_in: np.ndarray[Any, Any] | None
+    scheduled: np.ndarray[Any, Any]
 
 
 def thread_stream(
@@ -220,11 +257,6 @@ def thread_stream(
 ) -> Stream:
     """The stream, read by threads of this process."""
     return Stream(config, manifest, logical_shards, start_step, ThreadReaders(config.readers))
-
-
-def order_of(config: StreamConfig, manifest: Manifest) -> Order:
-    """The order of the training split."""
-    return Order(manifest.split(TRAIN).samples, manifest.digest, config.seed, config.logical_shards, config.window)
 
 
 def steps_a_block(config: StreamConfig, manifest: Manifest, logical_shards: int) -> int:
@@ -244,53 +276,6 @@ def steps_a_block(config: StreamConfig, manifest: Manifest, logical_shards: int)
     return max(1, min(fit, BLOCK_BYTES // step_bytes, BLOCK_IMAGES // config.shard_batch))
 
 
-def block_request(
-    config: StreamConfig, manifest: Manifest, split: Split, order: Order, logical_shard: int, first: int, stop: int
-) -> BlockRequest:
-    """What logical shard l contributes to global batches first .. stop - 1."""
-    b = config.shard_batch
-    positions = np.arange(first * b, stop * b, dtype=np.int64)
-    listed = order.samples(logical_shard, first * b, stop * b)
-    step, place = np.divmod(positions, b)
-    flip = np.zeros(len(positions), dtype=np.bool_)
-    if config.flip > 0.0:
-        flip = (
-            keyed_uniform(key_of("flip", config.seed), step * config.batch_size + logical_shard * b + place)
-            < config.flip
-        )
-    return _request(manifest, split, listed, logical_shard, (first, stop - first), flip, config.cache_bytes)
-
-
-def _request(
-    manifest: Manifest,
-    split: Split,
-    listed: np.ndarray[Any, Any],
-    logical_shard: int,
-    steps: tuple[int, int],
-    flip: np.ndarray[Any, Any],
-    cache_bytes: int,
-) -> BlockRequest:
-    used, inverse = np.unique(listed[:, 0], return_inverse=True)
-    refs = tuple(
-        ShardRef(split.urls[i].as_py(), int(split.sizes[i]), split.sha256[i].as_py(), int(split.samples[i]))
-        for i in used.tolist()
-    )
-    ids = split.starts[listed[:, 0]] + listed[:, 1]
-    return BlockRequest(
-        manifest.url,
-        manifest.image,
-        manifest.labelled,
-        logical_shard,
-        *steps,
-        refs,
-        inverse.astype(np.int64),
-        listed[:, 1],
-        ids,
-        flip,
-        cache_bytes,
-    )
-
-
 def held_out(manifest: Manifest, limit: int | None = None, max_bytes: int = 4 << 30) -> Images:
     """The held-out images in manifest order, the first `limit` of them or all.
 
@@ -306,9 +291,9 @@ def train_images(manifest: Manifest, limit: int | None = None, max_bytes: int = 
 
 
 def load_split(manifest: Manifest, name: str, limit: int | None, max_bytes: int) -> Images:
-    """A split's images, verified, shard by shard."""
-    split = manifest.split(name)
-    count = split.total if limit is None else min(limit, split.total)
+    """A split's images, verified, shard by shard; of a mixture, set by set."""
+    total = manifest.split(name).total
+    count = total if limit is None else min(limit, total)
     if count < 1:
         raise ValueError(f"the set at {manifest.url} has no {name} images; shard it with another held_out fraction")
     if count * manifest.image.bytes > max_bytes:
@@ -316,13 +301,21 @@ def load_split(manifest: Manifest, name: str, limit: int | None, max_bytes: int)
             f"{count} {name} images decode to {count * manifest.image.bytes} bytes, more than the {max_bytes} allowed; "
             "give a limit"
         )
-    parts: list[Block] = []
-    for shard in range(int(np.searchsorted(split.starts, count, side="left"))):
-        size = min(int(split.samples[shard]), count - int(split.starts[shard]))
-        listed = np.stack([np.full(size, shard, dtype=np.int64), np.arange(size, dtype=np.int64)], axis=1)
-        parts.append(blocks.read_block(_request(manifest, split, listed, 0, (0, 1), np.zeros(size, dtype=np.bool_), 0)))
+    read: list[Block] = []
+    first_id, left = 0, count
+    for place, (_, part) in enumerate(manifest.parts):
+        split = part.split(name)
+        for shard, kept in enumerate(split.kept.tolist()):
+            size = min(kept, left)
+            if not size:
+                continue
+            numbers = np.stack([np.full(size, shard, dtype=np.int64), np.arange(size, dtype=np.int64)], axis=1)
+            request = shard_request(manifest, name, place, shard, split.places(numbers)[:, 1], Reading())
+            read.append(blocks.read_block(replace(request, ids=request.ids + first_id)))
+            left -= size
+        first_id += int(split.starts[-1])
     images, labels, ids = (
-        torch.from_numpy(np.concatenate([getattr(part, field) for part in parts]))
+        torch.from_numpy(np.concatenate([getattr(block, field) for block in read]))
         for field in ("images", "labels", "ids")
     )
     return Images(images, labels if manifest.labelled else None, ids)

@@ -10,7 +10,7 @@ from pipeline.data.blocks import Block, BlockRequest
 
 
 def slow(request: BlockRequest) -> Block:
-    Path(request.root, f"started-{request.first_step}-{request.logical_shard}-{os.getpid()}").touch()
+    Path(request.sets[0].root, f"started-{request.first_step}-{request.logical_shard}-{os.getpid()}").touch()
     for _ in range(600):
         time.sleep(0.1)
     return blocks.read_block(request)
@@ -19,7 +19,7 @@ def slow(request: BlockRequest) -> Block:
 def deadly_once(request: BlockRequest) -> Block:
     """Kills its own process the first time it runs."""
     try:
-        Path(request.root, "died").touch(exist_ok=False)
+        Path(request.sets[0].root, "died").touch(exist_ok=False)
     except FileExistsError:
         return blocks.read_block(request)
     os.kill(os.getpid(), signal.SIGKILL)

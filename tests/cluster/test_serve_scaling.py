@@ -33,14 +33,14 @@ model, floor, address = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 ray.init(address, log_to_driver=False, logging_level="ERROR")
 url = serve.deploy(ServingConfig(
     model=model, port=0, min_replicas=floor, max_replicas=3, cpus_per_replica=2.0, cpus_ingress=0.1,
-    work_per_replica_s=1.0, upscale_delay_s=1.0, downscale_delay_s=3.0, max_steps=100_000, max_request_cost=10**9,
+    work_per_replica_s=1.0, upscale_delay_s=1.0, downscale_delay_s=3.0, max_steps=1000, deadline_s=600.0,
 ))
 seen, ended, failures, answers = [], threading.Event(), [], []
 
 def ask():
     with httpx.Client(base_url=url, timeout=300) as client:
         while not ended.is_set():
-            answer = client.post("/v1/images/generations", json={"n": 4, "steps": 1000, "sampler": "ddim"})
+            answer = client.post("/v1/images/generations", json={"n": 2, "steps": 500, "sampler": "ddim"})
             (answers if answer.status_code == 200 else failures).append(answer.text[:300])
 
 def until(replicas, nodes, timeout_s):
@@ -79,7 +79,7 @@ def cluster_config() -> dict[str, Any]:
     unused = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     return {
         "cluster_name": "scaling",
-        "max_workers": 3,
+        "max_workers": 8,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 0.1,
         "provider": {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True},

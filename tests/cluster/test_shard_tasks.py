@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.cluster import shard_tasks
 from pipeline.cluster.shard_tasks import ShardProgress
-from pipeline.data import shards
+from pipeline.data import shards, slices
 from pipeline.data.shards import ShardConfig
 from tests.data.folders import write_images
 
@@ -71,7 +71,7 @@ def test_it_goes_on_where_it_was(ray_cluster: None, tmp_path: Path) -> None:
     expected = shards.shard_in_process(config(tmp_path, "other"))
     work = shards.plan(config(tmp_path))
     for index in (1, 3):
-        shards.make_slice(work.config, work.building, work.slice(index))
+        slices.make_slice(work.config, work.building, work.slice(index))
     work.close()
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*.tar")}
     assert len(kept) >= 2

@@ -188,9 +188,9 @@ def test_the_cache_is_bounded_and_reads_each_shard_once(
     reads: list[str] = []
     real = blocks.fetch
 
-    def counted(root: str, ref: blocks.ShardRef, *rest: Any) -> blocks.VerifiedShard:
+    def counted(of: blocks.SetRef, ref: blocks.ShardRef, reading: blocks.Reading) -> blocks.VerifiedShard:
         reads.append(ref.url)
-        return real(root, ref, *rest)
+        return real(of, ref, reading)
 
     monkeypatch.setattr(blocks, "fetch", counted)
     settings = config(done, batch_size=16, logical_shards=1, readers=4, read_ahead_bytes=2 * 16 * 64)

@@ -4,6 +4,7 @@ import io
 import tarfile
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.data import tar
@@ -22,6 +23,10 @@ def shard(samples: list[tuple[bytes, bytes, int]] = SAMPLES) -> bytes:
             + tar.padded(text)
         )
     return made + tar.END
+
+
+def walk(data: bytes, samples: int = 1) -> tar.Members:
+    return tar.walk("evil", np.frombuffer(data, np.uint8), samples, "png", ("cls",))
 
 
 def foreign(name: str = "00000-00000.png", payload: bytes = b"x", **fields: Any) -> bytes:
@@ -51,7 +56,7 @@ def test_long_names() -> None:
 
 def test_walk() -> None:
     data = shard()
-    members = tar.walk("s", data, 3, "png", True)
+    members = walk(data, 3)
     assert members.labels.tolist() == [3, 0, 41]
     assert [data[o : o + n] for o, n in zip(members.offsets.tolist(), members.sizes.tolist(), strict=True)] == [
         p for _, p, _ in SAMPLES
@@ -111,7 +116,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_archives_are_refused_by_name(name: str) -> None:
     with pytest.raises(tar.DamagedShard, match=r"damaged shard evil at byte \d+: expected .+, got .+"):
-        tar.walk("evil", HOSTILE[name], 1, "png", True)
+        walk(HOSTILE[name])
 
 
 def test_a_million_members_cost_no_more_than_the_manifest_says() -> None:
@@ -119,4 +124,4 @@ def test_a_million_members_cost_no_more_than_the_manifest_says() -> None:
         tar.header(b"00000-00000.png", 0) + tar.header(b"00000-00000.cls", 1) + tar.padded(b"1")
     ) * 100_000 + tar.END
     with pytest.raises(tar.DamagedShard, match="the end mark after 2 samples"):
-        tar.walk("evil", data, 2, "png", True)
+        walk(data, 2)

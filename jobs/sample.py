@@ -1,0 +1,121 @@
+"""Many images from a trained model, as a shard set with a manifest: 10,000 for a Fréchet distance in one command.
+
+Image i follows from the model, the seed and i alone. A run that was cut off goes on where it was and ends in the same
+bytes; run again, it verifies what is there and makes damaged shards again. The sampler is `evaluation.sampling`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import cast
+
+from jobs import cli
+from jobs.evaluate import model_url
+from jobs.progress import bar
+from pipeline.cluster.session import prepare_environment, session
+from pipeline.config import RunConfig, load_config
+from pipeline.data import generated, storage
+from pipeline.data.manifest import Manifest
+from pipeline.data.slices import SliceDone
+from pipeline.evaluation.work import here
+from pipeline.model import Model
+from pipeline.model import load as load_model
+from pipeline.serving.offline import SliceWork, generated_set
+
+IMAGES = 10_000
+Worker = Callable[[Sequence[SliceWork]], Iterator[tuple[int, SliceDone]]]
+
+
+def run(
+    config: RunConfig,
+    model: Model | None = None,
+    *,
+    url: str | None = None,
+    images: int = IMAGES,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+    local: bool = False,
+) -> Manifest:
+    """The finished set at `url`, else at OUTPUT/samples. Needs a Ray session unless `local`."""
+    prepare_environment()
+    model = model or load_model(model_url(config), _device(config, local))
+    place = url or storage.join(config.output, "samples")
+    made, work = generated_set(place, model, images, seed, labels, config.evaluation.sampling, config.serving.chunk)
+    found = generated.standing(made)
+    if found is None:
+        done = generated.finished(made)
+        _make(config, model, [piece for piece in work if piece.index not in done], images, local)
+        found = generated.commit(made)
+    elif wrong := generated.damaged(found):
+        _make(config, model, [work[index] for index in wrong], images, local)
+        if still := generated.damaged(found):
+            raise ValueError(
+                f"{place}: shards {still} do not come to the same bytes on this machine; choose another url"
+            )
+        generated.clean(made)
+    cli.console.print(
+        f"  {found.url}: {images:,} images in {found.shards.num_rows} shards; manifest {found.digest[:12]}",
+        soft_wrap=True,
+    )
+    return found
+
+
+def _make(config: RunConfig, model: Model, work: Sequence[SliceWork], images: int, local: bool) -> None:
+    if not work:
+        return
+    done = images - sum(piece.images for piece in work)
+    with bar("sample", images, "images") as live:
+        live.update(done, f"{done:,} were there" if done else "")
+        for place, _ in _worker(config, model, local)(work):
+            done += work[place].images
+            live.update(done)
+
+
+def _device(config: RunConfig, local: bool) -> str:
+    """Where this process samples; tasks find their own device."""
+    return "cuda" if local and config.cluster.gpus_per_worker > 0 else "cpu"
+
+
+def _worker(config: RunConfig, model: Model, local: bool) -> Worker:
+    """Those of an evaluation do any work that knows how to run."""
+    if local:
+        return cast(Worker, here(model))
+    from pipeline.cluster.batch import ray_worker
+
+    return cast(Worker, ray_worker(model, 1.0, config.cluster.gpus_per_worker))
+
+
+def _labels(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels must be class numbers with commas between them, got '{text}'") from None
+
+
+def main() -> None:
+    parser = cli.parser("sample", __doc__ or "", ["model", "evaluation", "serving", "cluster", "tracking"])
+    parser.add_argument("--model", help="another model than the run's: models:/NAME@alias or a model directory")
+    parser.add_argument("--to", metavar="URL", help="where the set goes, a folder or s3:// prefix [OUTPUT/samples]")
+    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"how many [{IMAGES}]")
+    parser.add_argument("--seed", type=int, default=0, help="image i follows from it and i alone [0]")
+    parser.add_argument("--labels", metavar="K,...", help="classes in turn, -1 for no class [all classes]")
+    parser.add_argument("--local", action="store_true", help="one process, no Ray")
+    args = parser.parse_intermixed_args()
+
+    def job() -> None:
+        import pipeline
+
+        config, labels = load_config(args.run_file, args.overrides), _labels(args.labels)
+        model = None
+        if args.model:
+            device = _device(config, args.local)
+            model = pipeline.load(args.model, device=device, tracking_uri=config.tracking.uri)
+        with nullcontext() if args.local else session(config.cluster.address):
+            run(config, model, url=args.to, images=args.images, seed=args.seed, labels=labels, local=args.local)
+
+    cli.main(job)
+
+
+if __name__ == "__main__":
+    main()

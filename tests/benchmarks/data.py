@@ -1,0 +1,285 @@
+"""Reading shards against the decoder alone and other readers: `python -m tests.benchmarks.data [--count 12000]`.
+
+32x32 PNG, 64x64 JPEG and 32x32 raw pixels in tars, page cache warm, one core, every line ending in uint8 batches of
+128 images (our stream verifies all bytes). The readers take turns; a rate is images over process CPU time, and the
+record is one line of JSON with medians and ratios. Readers that are not installed are left out.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.stream import StreamConfig, thread_stream
+
+BATCH = 128
+Reader = Callable[[], int]
+
+
+def one_core() -> None:
+    """Holds this process to one core and every library to one thread."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def write_crops(folder: Path, count: int, size: int) -> None:
+    """PNG crops of scikit-learn's two photographs, in ten classes."""
+    from sklearn.datasets import load_sample_images
+
+    photos, draw = load_sample_images().images, np.random.default_rng(0)
+    for i in range(count):
+        photo = photos[int(draw.integers(2))]
+        top, left = (int(draw.integers(n - size)) for n in photo.shape[:2])
+        place = folder / str(i % 10)
+        place.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(place / f"{i:06d}.png"), photo[top : top + size, left : left + size])
+
+
+def members(done: Manifest) -> Iterator[tuple[bytes, bytes]]:
+    """Encoded image and class of every sample."""
+    for url in done.shards["url"].to_pylist():
+        with tarfile.open(Path(done.url, url)) as file:
+            image = b""
+            for member in file:
+                opened = file.extractfile(member)
+                assert opened is not None
+                if member.name.endswith(".cls"):
+                    yield image, opened.read()
+                else:
+                    image = opened.read()
+
+
+def ours(done: Manifest) -> Reader:
+    """An epoch of our stream, one thread; the memory of shards holds little more than a window, so that all bytes are
+    read and verified in every epoch.
+    """
+    sizes = done.split("train").sizes
+    assert len(sizes) >= 10  # several windows: nothing is kept from one epoch to the next
+    config = StreamConfig(
+        done.url,
+        batch_size=BATCH,
+        logical_shards=1,
+        readers=1,
+        window=2,
+        read_ahead_bytes=4096 * done.image.bytes,
+        cache_bytes=int(5 * sizes.max()),
+    )
+    steps = done.split("train").total // BATCH
+    source = thread_stream(config, done, [0])
+
+    def run() -> int:
+        count = sum(len(batch.images) for batch in islice(source, steps))
+        for handle in source.under_way:  # what is read ahead is work of this turn, as the last turn's was of that
+            source.readers.result(handle)
+        return count
+
+    run()
+    return run
+
+
+def decoder_alone(encoded: list[bytes]) -> Reader:
+    """cv2.imdecode of images that lie in memory, and nothing else."""
+    buffers = [np.frombuffer(data, np.uint8) for data in encoded]
+
+    def run() -> int:
+        for buffer in buffers:
+            cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+        return len(buffers)
+
+    return run
+
+
+def webdataset(done: Manifest, suffix: str) -> Reader:
+    """webdataset as it comes: decode("rgb8") for images, its own decoder for .npy."""
+    from webdataset.compat import WebDataset
+
+    urls = [str(Path(done.url, url)) for url in done.shards["url"].to_pylist()]
+
+    def run() -> int:
+        dataset: Any = WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple(suffix, "cls")
+        count, held = 0, []
+        for image, _ in dataset:
+            held.append(image)
+            if len(held) == BATCH:
+                count += len(torch.from_numpy(np.stack(held)))
+                held = []
+        return count + len(held)
+
+    return run
+
+
+def litdata(folder: Path, encoded: list[bytes], decode: str) -> Reader:
+    """litdata's optimized format; decoded by Pillow (its own way) or by cv2."""
+    reading, writing = importlib.import_module("litdata"), importlib.import_module("litdata.streaming")
+    cache: Any = writing.Cache(input_dir=str(folder), chunk_bytes="16MB")
+    for i, data in enumerate(encoded):
+        cache[i] = {"image": data, "label": i % 10}
+    cache.done()
+    cache.merge()
+
+    def run() -> int:
+        count, held = 0, []
+        for sample in reading.StreamingDataset(str(folder)):
+            held.append(_pixels(sample["image"], decode))
+            if len(held) == BATCH:
+                count += len(torch.from_numpy(np.stack(held)))
+                held = []
+        return count + len(held)
+
+    return run
+
+
+def mosaic(folder: Path, encoded: list[bytes]) -> Reader:
+    """mosaicml-streaming: MDS of encoded bytes, decoded by Pillow as its own image encodings are."""
+    streaming: Any = importlib.import_module("streaming")
+    with streaming.MDSWriter(out=str(folder), columns={"image": "bytes", "label": "int"}) as out:
+        for i, data in enumerate(encoded):
+            out.write({"image": data, "label": i % 10})
+
+    def run() -> int:
+        count, held = 0, []
+        for sample in streaming.StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=False):
+            held.append(_pixels(sample["image"], "pillow"))
+            if len(held) == BATCH:
+                count += len(torch.from_numpy(np.stack(held)))
+                held = []
+        return count + len(held)
+
+    return run
+
+
+def _pixels(data: bytes, decode: str) -> np.ndarray[Any, Any]:
+    if decode == "cv2":
+        return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
+    import io
+
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def decoders(encoded: list[bytes], kind: str) -> dict[str, Reader]:
+    """Every decoder at hand, alone."""
+
+    def looped(one: Callable[[bytes], Any]) -> Reader:
+        return lambda: sum(1 for data in encoded if one(data) is not None)
+
+    found = {name: looped(lambda data, name=name: _pixels(data, name)) for name in ("cv2", "pillow")}
+    if kind == "jpg" and importlib.util.find_spec("simplejpeg"):
+        found["simplejpeg"] = looped(importlib.import_module("simplejpeg").decode_jpeg)
+    if importlib.util.find_spec("pyvips"):
+        pyvips: Any = importlib.import_module("pyvips")
+        found["pyvips"] = looped(lambda data: pyvips.Image.new_from_buffer(data, "").numpy())
+    return found
+
+
+def rates(readers: dict[str, Reader], rounds: int) -> dict[str, float]:
+    """Images a second of CPU time, medians of interleaved rounds after one that does not count."""
+    seen: dict[str, list[float]] = {name: [] for name in readers}
+    for turn in range(rounds + 1):
+        for name, run in readers.items():
+            began = time.process_time()
+            count = run()
+            if turn:
+                seen[name].append(count / (time.process_time() - began))
+    return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def read_rates(kind: str, folder: Path, count: int, rounds: int) -> dict[str, float]:
+    """Rates of all readers of one kind of set: png, jpg or raw."""
+    size = 64 if kind == "jpg" else 32
+    write_crops(folder / "images", count, size)
+    done = shard_in_process(
+        ShardConfig(
+            str(folder / "images"),
+            str(folder / "set"),
+            image_size=size,
+            encoding=kind,
+            quality=90,
+            held_out=0.0,
+            samples_per_shard=1000,
+        )
+    )
+    readers = {"ours": ours(done), "webdataset": webdataset(done, "npy" if kind == "raw" else kind)}
+    if kind != "raw":
+        encoded = [image for image, _ in members(done)]
+        readers["decoder alone"] = decoder_alone(encoded)
+        if importlib.util.find_spec("litdata"):
+            readers["litdata"] = litdata(folder / "litdata", encoded, "pillow")
+            readers["litdata, cv2"] = litdata(folder / "litdata-cv2", encoded, "cv2")
+        if importlib.util.find_spec("streaming"):
+            readers["mosaicml-streaming"] = mosaic(folder / "mds", encoded)
+        readers |= {f"{name} alone": run for name, run in decoders(encoded, kind).items()}
+    return rates(readers, rounds)
+
+
+def shard_rates(folder: Path, count: int, rounds: int) -> dict[str, float]:
+    """Sharding 64x64 photographs down to 32x32 PNG, against a plain loop of Pillow and webdataset.TarWriter."""
+    from PIL import Image
+    from webdataset.writer import TarWriter
+
+    write_crops(folder / "images", count, 64)
+    paths = sorted((folder / "images").rglob("*.png"))
+
+    def job() -> int:
+        shutil.rmtree(folder / "set", ignore_errors=True)
+        shard_in_process(
+            ShardConfig(
+                str(folder / "images"), str(folder / "set"), image_size=32, held_out=0.0, samples_per_shard=1000
+            )
+        )
+        return count
+
+    def loop() -> int:
+        for first in range(0, count, 1000):
+            with TarWriter(str(folder / f"plain-{first}.tar")) as out:
+                for number, path in enumerate(paths[first : first + 1000], first):
+                    image = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+                    out.write({"__key__": f"{number:08d}", "png": image, "cls": int(path.parent.name)})
+        return count
+
+    return rates({"ours": job, "plain loop": loop}, rounds)
+
+
+def measure(count: int, rounds: int) -> dict[str, Any]:
+    """All rates, and the machine."""
+    one_core()
+    with tempfile.TemporaryDirectory(prefix="raydiffusion-benchmark-") as folder:
+        found: dict[str, Any] = {
+            kind: read_rates(kind, Path(folder, kind), count, rounds) for kind in ("png", "jpg", "raw")
+        }
+        found["shard"] = shard_rates(Path(folder, "shard"), count // 4, rounds)
+    for values in found.values():
+        values |= {f"ours / {name}": values["ours"] / rate for name, rate in values.items() if name != "ours"}
+    machine = {"cpu": platform.processor() or platform.machine(), "opencv": cv2.__version__, "torch": torch.__version__}
+    return found | {"images": count, "rounds": rounds, "machine": machine}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--count", type=int, default=12_000)
+    arguments.add_argument("--rounds", type=int, default=7)
+    args = arguments.parse_args()
+    print(json.dumps(measure(args.count, args.rounds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,9 @@ class RunConfig:
     stream: StreamConfig
     model: ModelConfig
     seed: Annotated[int, "keys the order of samples and every random draw"] = 0
-    init: Annotated[str | None, "start from these weights: models:/NAME@alias, a model directory or a diffusers folder; null: fresh"] = None
+    init: Annotated[
+        str | None, "start from these weights: models:/NAME@alias, a model directory or a diffusers folder; null: fresh"
+    ] = None
     objective: Annotated[dict[str, Any], "training objective: name and its options"] = field(
         default_factory=lambda: {"name": "simple"}
     )

@@ -1,5 +1,6 @@
 """The HTTP application: routes, keys, size limits, errors and server-sent events, over any backend. No Ray in here."""
 
+import asyncio
 import contextlib
 import hashlib
 import hmac
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.serving.quotas import Quotas
@@ -36,6 +38,7 @@ from pipeline.serving.service import refused
 log = logging.getLogger("raydiffusion.serving")
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+BODY_TIMEOUT_S = 30.0
 TRACE_ID = re.compile(r"^[A-Za-z0-9_.\-]{1,64}$")
 PAGE = {  # route: file of the page folder, its media type
     "/": ("index.html", "text/html"),
@@ -184,21 +187,38 @@ async def _body(request: Request, limit: int) -> bytes:
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
         raise too_large
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise too_large
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        message = f"the body took more than {BODY_TIMEOUT_S:.0f} s to arrive"
+        raise RequestError(message, status=408, code="request_timeout") from None
+    except ClientDisconnect:
+        raise RequestError("the client left before the body ended", code="malformed_body") from None
     return bytes(body)
 
 
 def _json(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body)
+        value = json.loads(body, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {str(error)[:200]}", code="malformed_body") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, got {type(value).__name__}", code="malformed_body")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object each of whose names is given once: of two values a reader before us may have checked the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{twice[:64]}' is given twice")
+    return found
 
 
 def _media_type(request: Request) -> str:
@@ -241,7 +261,7 @@ def _refusing(request: Request) -> Any:
         yield
     except Exception as error:
         no = refused(error)
-        if no.status >= 500 and not isinstance(error, Refused):
+        if no.status == 500 and not isinstance(error, Refused):
             log.exception("trace %s: %s failed", request.state.trace_id, request.url.path)
         raise no from error
 
@@ -407,7 +427,7 @@ async def _sent_events(
         door.ran(request, last)
     except Exception as error:  # the status line has gone out long ago: the error is an event
         no = refused(error)
-        if no.status >= 500:
+        if no.status == 500:
             log.exception("trace %s: a stream failed", trace)
         yield _sent_event({"type": "error", **no.body()}, trace)
     finally:

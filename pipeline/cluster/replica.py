@@ -148,6 +148,6 @@ class Replica:
 
 def _logged(error: Exception) -> Refused:
     no = refused(error)
-    if no.status >= 500:
+    if no.status == 500:
         log.error("a request failed", exc_info=error)
     return no

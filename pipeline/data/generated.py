@@ -22,7 +22,7 @@ from pipeline.data import manifest as manifests
 from pipeline.data.card import make_card
 from pipeline.data.manifest import TRAIN, ImageSpec, Manifest, Names, Version
 from pipeline.data.policy import ShardConfig
-from pipeline.data.slices import Part, SliceDone, _Shard, part_url, read_part
+from pipeline.data.slices import Part, SliceDone, ShardWriter, part_url, read_part
 
 ENCODING = "png"
 
@@ -64,7 +64,7 @@ class GeneratedSet:
 def write_slice(made: GeneratedSet, index: int, pixels: images.UInt8s, labels: Sequence[int] | None) -> SliceDone:
     """Writes one slice's tar, then its part record. pixels: uint8 (n, H, W, C); labels: one an image, or None."""
     extras = (tar.CLASS,) if labels is not None else ()
-    shard, sums = _Shard(ENCODING, extras), np.zeros((2, made.image.channels), dtype=np.int64)
+    shard, sums = ShardWriter(ENCODING, extras), np.zeros((2, made.image.channels), dtype=np.int64)
     for number, each in enumerate(pixels):
         content = hashlib.sha256(b"%d %d %d\n" % each.shape + each.tobytes()).digest()
         payload = images.encode_png(each)

@@ -425,7 +425,8 @@ def _load(url: str, digest: str | None) -> Manifest:
     try:
         if root["schema"] != SCHEMA:
             raise ValueError(
-                f"{name} has schema {root['schema']!r}; this version reads {SCHEMA}: remove the folder and run jobs.shard again"
+                f"{name} has schema {root['schema']!r}; this version reads {SCHEMA}: remove that folder and run "
+                "jobs.shard again"
             )
         image = ImageSpec(**root["image"])
         extras = tuple(str(item) for item in root["extras"])

@@ -101,7 +101,7 @@ class _Maker:
 
     def __init__(self, config: ShardConfig, task: Slice) -> None:
         self.config, self.task = config, task
-        self.open: dict[str, _Shard] = {}
+        self.open: dict[str, ShardWriter] = {}
         self.shards: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self.sums = {split: np.zeros((2, config.channels), dtype=np.int64) for split in SPLITS}
@@ -136,7 +136,7 @@ class _Maker:
             "height": original.shape[0],
             "source": found.name,
         }
-        shard = self.open.setdefault(split, _Shard(config.encoding, task.extras))
+        shard = self.open.setdefault(split, ShardWriter(config.encoding, task.extras))
         shard.add(row, images.encode(pixels, config.encoding, config.quality))
         self.sums[split] += images.channel_sums(pixels)
         if len(shard.rows) >= config.slice_size:
@@ -168,7 +168,7 @@ class _Maker:
             self.rows += [row | {"shard": made["url"]} for row in shard.rows]
 
 
-class _Shard:
+class ShardWriter:
     """One tar in memory and its rows."""
 
     def __init__(self, encoding: str, extras: tuple[str, ...]) -> None:

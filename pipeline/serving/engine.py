@@ -12,7 +12,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,8 +20,9 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.procedure import Answer, Procedure, Query, answer_queries
-from pipeline.serving.job import Job, OpenQueries, Progress, finite, joined
+from pipeline.diffusion.procedure import Answer, Procedure, Query
+from pipeline.serving.calls import answer_at_once, finite
+from pipeline.serving.job import Entry, Job, OpenQueries, Progress, Taken, joined
 
 T = TypeVar("T")
 RATE_MEMORY = 0.05  # share of the newest network call in the running mean of their seconds
@@ -125,7 +126,7 @@ class Engine:
         self._closing: str | None = None  # "drain" or "now"
         self._broken: BaseException | None = None
         # the worker's own
-        self._waiting: list[Job] = []  # heap
+        self._waiting: list[Entry] = []  # heap
         self._live: dict[int, Job] = {}
         self._open = OpenQueries()
         self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, number)
@@ -249,7 +250,7 @@ class Engine:
             while not (self._submitted or self._left or self._live or self._waiting or self._closing):
                 self._wake.wait()
             for job in self._submitted:
-                heapq.heappush(self._waiting, job)
+                heapq.heappush(self._waiting, job.entry)
                 if job.deadline is not None:
                     heapq.heappush(self._deadlines, (job.deadline, job.number))
                     self._timed[job.number] = job
@@ -275,7 +276,7 @@ class Engine:
     def _admit(self) -> None:
         """Start waiting requests, what is due first, while their images fit beside those in progress."""
         while self._waiting:
-            job = self._waiting[0]
+            job = self._waiting[0][2]
             if not job.over and self._live and self._live_rows + job.rows > self.max_live_rows:
                 return
             heapq.heappop(self._waiting)
@@ -287,8 +288,12 @@ class Engine:
         self._live[job.number] = job
         self._live_rows += job.rows
         try:
-            job.procedure = job.build()
-            query = next(job.procedure)
+            procedure = job.procedure = job.build()
+        except Exception as error:  # a StopIteration out of it is no end of the procedure
+            self._fail(job, error)
+            return
+        try:
+            query = next(procedure)
         except StopIteration as stop:
             self._finish(job, stop.value)
         except Exception as error:
@@ -297,7 +302,7 @@ class Engine:
             self._ask(job, query)
 
     def _ask(self, job: Job, query: Query) -> None:
-        job.query, job.answered, job.parts = query, 0, []
+        job.query, job.asked, job.answered = query, query.rows, 0
         self._open.add(job)
 
     def _turn(self) -> None:
@@ -306,36 +311,33 @@ class Engine:
         if not taken:
             return
         started = time.perf_counter()
-        answers = self._answers([query for _, query in taken])
+        answers = self._answers(taken)
         elapsed = time.perf_counter() - started
-        rows = sum(query.rows for _, query in taken)
         self._call_s += RATE_MEMORY * (elapsed - self._call_s) if self._rows else elapsed - self._call_s
         self._network_s += elapsed
-        self._rows, self._padded = self._rows + rows, self._padded + self.chunk - rows
-        for (job, query), answer in zip(taken, answers, strict=True):
+        self._count(taken)
+        for (job, _, count), answer in zip(taken, answers, strict=True):
             if job.over:
                 continue
             if isinstance(answer, Exception):
                 self._fail(job, answer)
             else:
-                self._receive(job, query.rows, answer)
+                self._receive(job, count, answer)
 
-    def _answers(self, queries: list[Query]) -> list[Answer | Exception]:
+    def _answers(self, taken: list[Taken]) -> Sequence[Answer | Exception]:
         """All in one call; where that fails, one by one, so that a bad request fails alone."""
         self._calls += 1
+        queries, counts = [query for _, query, _ in taken], [count for _, _, count in taken]
         try:
-            answers: list[Answer | Exception] = [*answer_queries(self.networks, queries, self.chunk)]
+            answers, fine = answer_at_once(self.networks, queries, counts, self.chunk)
         except Exception as error:
-            if len(queries) == 1:
+            if len(taken) == 1:
                 return [error]
-            return [self._answers([query])[0] for query in queries]
-        both = [a.x_hat.flatten() for a in answers if isinstance(a, Answer)]
-        both += [a.products.flatten() for a in answers if isinstance(a, Answer) and a.products is not None]
-        if not bool(torch.isfinite(torch.cat(both)).all()):  # one look at all rows; who it was is asked only then
-            for index, answer in enumerate(answers):
-                if isinstance(answer, Answer) and not finite(answer):
-                    answers[index] = NotFinite("the network answered with a value that is not finite")
-        return answers
+            return [self._answers([each])[0] for each in taken]
+        if fine:
+            return answers
+        wrong = "the network answered with a value that is not finite"
+        return [answer if finite(answer) else NotFinite(wrong) for answer in answers]
 
     def _receive(self, job: Job, rows: int, answer: Answer) -> None:
         """Rows of a job's query are answered: go on with the rest of them, or resume the procedure."""
@@ -343,12 +345,12 @@ class Engine:
         if query is None or procedure is None:
             raise AssertionError(f"request {job.number} was answered without having asked")
         job.answered += rows
-        job.parts.append(answer)
-        self._count(job, rows)
-        if job.answered < query.rows:
-            self._open.add(job)
-            return
-        answer = joined(job.parts)
+        if rows < job.asked:
+            job.parts.append(answer)
+            if job.answered < job.asked:
+                self._open.add(job)
+                return
+            answer, job.parts = joined(job.parts), []
         job.evaluations += 1
         try:
             if job.on_progress is not None and query.network == "main" and query.probes is None:
@@ -363,9 +365,14 @@ class Engine:
 
     # --- endings -----------------------------------------------------------------------------------------------------
 
-    def _count(self, job: Job, rows: int) -> None:
-        owed = min(rows, max(job.cost - job.row_evaluations, 0))
-        job.row_evaluations += rows
+    def _count(self, taken: list[Taken]) -> None:
+        rows = owed = 0
+        for job, _, count in taken:
+            rows += count
+            if not job.over:
+                owed += min(count, max(job.cost - job.row_evaluations, 0))
+                job.row_evaluations += count
+        self._rows, self._padded = self._rows + rows, self._padded + self.chunk - rows
         with self._wake:
             self._queued_cost -= owed
 
@@ -412,7 +419,7 @@ class Engine:
     def _abandon(self, error: Exception) -> None:
         with self._wake:
             self._closing = "now"
-            jobs = [*self._submitted, *self._waiting, *self._live.values()]
+            jobs = [*self._submitted, *(job for _, _, job in self._waiting), *self._live.values()]
             self._submitted.clear()
         self._waiting.clear()
         for job in jobs:

@@ -21,11 +21,15 @@ class Progress:
     x_hat: Tensor
 
 
+Entry = tuple[float, int, "Job"]  # compared as it stands: no two jobs have one number
+
+
 class Job:
     """A request; touched by the worker thread only, but for `future`. due: its place in the order, see `Engine`."""
 
     __slots__ = (
         "answered",
+        "asked",
         "build",
         "cost",
         "deadline",
@@ -66,13 +70,17 @@ class Job:
         self.submitted_s = time.monotonic()
         self.started_s = self.submitted_s
         self.due = self.submitted_s
+        self.asked = 0  # rows of the query
         self.over = False
 
-    def __lt__(self, other: "Job") -> bool:
-        return (self.due, self.number) < (other.due, other.number)
+    @property
+    def entry(self) -> Entry:
+        """In a heap: what is due first goes first, equals in the order they came."""
+        return self.due, self.number, self
 
 
 KINDS_KEPT = 1000
+Taken = tuple[Job, Query, int]  # whose they are, the rows, and how many
 Kind = tuple[str, int, torch.Size, torch.dtype, bool]
 
 
@@ -83,11 +91,9 @@ def _kind(query: Query) -> Kind:
 
 
 def _part(query: Query, start: int, count: int) -> Query:
-    if start == 0 and count == query.rows:
-        return query
     rows = slice(start, start + count)
     probes = None if query.probes is None else query.probes[:, rows]
-    return Query(query.y[rows], query.gamma[rows], query.conditioning[rows], query.network, probes)
+    return Query(query.y[rows], query.gamma[rows], query.conditioning[rows], query.network, probes, query.shared)
 
 
 def joined(parts: Sequence[Answer]) -> Answer:
@@ -102,16 +108,11 @@ def joined(parts: Sequence[Answer]) -> Answer:
     )
 
 
-def finite(answer: Answer) -> bool:
-    finite = bool(torch.isfinite(answer.x_hat).all())
-    return finite and (answer.products is None or bool(torch.isfinite(answer.products).all()))
-
-
 class OpenQueries:
     """What the live requests ask. The kinds take turns; within a kind the request that is due first goes first."""
 
     def __init__(self) -> None:
-        self._heaps: dict[Kind, list[Job]] = {}
+        self._heaps: dict[Kind, list[Entry]] = {}
         self._served: dict[Kind, int] = {}  # the turn in which a kind was last answered
         self._turns = 0
 
@@ -119,11 +120,13 @@ class OpenQueries:
         """Rows of the job's query that have no answer yet wait from now on."""
         if job.query is None:
             raise AssertionError(f"request {job.number} asks nothing")
-        heapq.heappush(self._heaps.setdefault(_kind(job.query), []), job)
+        heapq.heappush(self._heaps.setdefault(_kind(job.query), []), job.entry)
 
-    def take(self, rows: int) -> list[tuple[Job, Query]]:
-        """At most `rows` rows of one kind, with whose they are; a job whose query is longer gives a part of it."""
-        kinds = sorted(self._heaps, key=lambda kind: self._served.get(kind, -1))
+    def take(self, rows: int) -> list[Taken]:
+        """At most `rows` rows of one kind; a job whose query is longer gives a part of it."""
+        kinds = list(self._heaps)
+        if len(kinds) > 1:
+            kinds.sort(key=lambda kind: self._served.get(kind, -1))
         for kind in kinds:
             taken = self._taken(self._heaps[kind], rows)
             if not self._heaps[kind]:
@@ -137,13 +140,14 @@ class OpenQueries:
         return []
 
     @staticmethod
-    def _taken(heap: list[Job], rows: int) -> list[tuple[Job, Query]]:
-        taken: list[tuple[Job, Query]] = []
+    def _taken(heap: list[Entry], rows: int) -> list[Taken]:
+        taken: list[Taken] = []
         while heap and rows:
-            job = heapq.heappop(heap)
-            if job.over or job.query is None:
+            job = heapq.heappop(heap)[2]
+            query = job.query
+            if job.over or query is None:
                 continue
-            count = min(rows, job.query.rows - job.answered)
-            taken.append((job, _part(job.query, job.answered, count)))
+            count = min(rows, job.asked - job.answered)
+            taken.append((job, query if count == job.asked else _part(query, job.answered, count), count))
             rows -= count
         return taken

@@ -1,12 +1,22 @@
-"""Step-level against request-level batching on one network: `python -m tests.benchmarks.serving [--seconds 20]`.
+"""Step-level against request-level batching on one network: `python -m tests.benchmarks.serving [--rounds 9]`.
 
-Both answer the same requests (samplers mixed, 10 to 50 steps) on the same network in one thread. Request-level batching
-is what `@serve.batch` gives: up to `CHUNK` waiting requests are taken together, and those of one sampler and step count
-share their network calls; nobody joins until all of them are done. The two alternate; the record is one line of JSON.
+All answer the same requests on the same U-Net in one thread, an image each:
+
+    step        the engine
+    request     what `@serve.batch` gives, on our samplers: up to `CHUNK` waiting requests are taken together, those of
+                one sampler and step count share their network calls, nobody joins until all of them are done
+    diffusers   the same, on diffusers' own DDIMPipeline around the same U-Net exported to it (DDIM requests only)
+
+Workloads: `mixed` (four samplers, 10 to 50 steps), `ddim` (10 to 50 steps), `alike` (DDIM of 20 steps: batching by
+steps cannot help). Throughput is requests a second of processor time with all of them waiting; latencies are of Poisson
+arrivals at 0.9 of the request-level capacity, and for the engine also at 1.5 times that rate, on a clock that counts
+processor time and idleness alone, so that what else runs on the machine hardly matters. The ways take turns, medians of
+ratios are told. The record goes to results/serving.json.
 """
 
 import argparse
 import json
+import os
 import platform
 import queue
 import random
@@ -14,13 +24,17 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.backbones.interchange import to_diffusers
+from pipeline.backbones.table import Architecture
+from pipeline.backbones.unet import UNetConfig
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.samplers import SAMPLERS
 from pipeline.model import Model, ModelConfig, Sampling, build
@@ -29,6 +43,8 @@ from pipeline.serving.engine import Engine
 CHUNK = 8
 WAIT_S = 0.01  # batch_wait_timeout_s of @serve.batch
 NAMES = ("heun", "ddim", "ancestral", "dpmpp_2m")
+NETWORK = {"base_width": 32, "multipliers": (1, 2), "blocks": 2, "attention_at": (4,), "norm_groups": 8}
+RESULTS = Path(__file__).parent / "results" / "serving.json"
 
 
 @dataclass(frozen=True)
@@ -37,19 +53,24 @@ class Asked:
     how: Sampling
 
 
-def workload(count: int, uniform: bool) -> list[Asked]:
+def workload(count: int, kind: str) -> list[Asked]:
     draw = random.Random(1)
-    return [
-        Asked(seed, Sampling("ddim", 20) if uniform else Sampling(draw.choice(NAMES), draw.randint(10, 50)))
-        for seed in range(count)
-    ]
+    kinds: dict[str, Callable[[], Sampling]] = {
+        "mixed": lambda: Sampling(draw.choice(NAMES), draw.randint(10, 50)),
+        "ddim": lambda: Sampling("ddim", draw.randint(10, 50)),
+        "alike": lambda: Sampling("ddim", 20),
+    }
+    return [Asked(seed, kinds[kind]()) for seed in range(count)]
+
+
+# --- the ways to answer ----------------------------------------------------------------------------------------------
 
 
 class RequestLevel:
-    """The baseline: a worker that takes what waits, and is done with all of it before it takes more."""
+    """A worker that takes what waits, and is done with all of it before it takes more; `make` answers a group."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, make: Callable[[Sequence[int], Sampling], Any]) -> None:
+        self.make = make
         self.waiting: queue.Queue[tuple[Asked, Future[Any]] | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work)
         self.thread.start()
@@ -82,8 +103,7 @@ class RequestLevel:
             for asked, future in taken:
                 groups[asked.how.sampler, asked.how.steps].append((asked, future))
             for members in groups.values():
-                seeds = [asked.seed for asked, _ in members]
-                images = drive(self.model.sampling(seeds, [0] * len(seeds), members[0][0].how), self.model.networks)
+                images = self.make([asked.seed for asked, _ in members], members[0][0].how)
                 for image, (_, future) in zip(images, members, strict=True):
                     future.set_result(image)
 
@@ -99,18 +119,47 @@ class StepLevel:
 
     def submit(self, asked: Asked) -> "Future[Any]":
         cost = SAMPLERS[asked.how.sampler].evaluations(asked.how.steps)
-        return self.engine.submit(lambda: self.model.sampling([asked.seed], [0], asked.how), cost=cost)
+        return self.engine.submit(lambda: self.model.sampling([asked.seed], None, asked.how), cost=cost)
 
     def close(self) -> None:
         self.engine.close()
 
 
-Way = Callable[[Model], "RequestLevel | StepLevel"]
+Server = RequestLevel | StepLevel
+Way = Callable[[], Server]
 
 
-def saturated(way: Way, model: Model, asked: list[Asked]) -> float:
-    """Requests a second of processor time, all of them waiting: what else runs on the machine hardly changes it."""
-    server = way(model)
+def ours(model: Model) -> Callable[[Sequence[int], Sampling], Any]:
+    return lambda seeds, how: drive(model.sampling(seeds, None, how), model.networks)
+
+
+def theirs(model: Model) -> Callable[[Sequence[int], Sampling], Any]:
+    """diffusers' DDIMPipeline around the same network."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    config = model.config
+    architecture = Architecture(UNetConfig(**NETWORK), config.channels, config.size, 0, config.channels)
+    exported = to_diffusers(architecture, model.denoiser.network.state_dict())
+    unet: Any = UNet2DModel.from_config(exported.config)
+    unet.eval().load_state_dict(exported.weights)
+    pipe: Any = DDIMPipeline(unet, DDIMScheduler(prediction_type="v_prediction"))
+    pipe.set_progress_bar_config(disable=True)
+
+    def make(seeds: Sequence[int], how: Sampling) -> Any:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(len(seeds), generators, num_inference_steps=how.steps, output_type="np").images
+
+    return make
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def saturated(way: Way, asked: list[Asked]) -> float:
+    """Requests a second of processor time, all of them waiting."""
+    server = way()
     started = time.process_time()
     for future in [server.submit(each) for each in asked]:
         future.result()
@@ -119,17 +168,36 @@ def saturated(way: Way, model: Model, asked: list[Asked]) -> float:
     return len(asked) / elapsed
 
 
-def poisson(way: Way, model: Model, asked: list[Asked], rate: float) -> list[float]:
+class Clock:
+    """Processor time of this process, and the time that nobody had anything to do: what else runs on the machine does
+    not count, an idle server does.
+    """
+
+    def __init__(self) -> None:
+        self.skipped = -time.process_time()
+
+    def now(self) -> float:
+        return time.process_time() + self.skipped
+
+    def wait(self, due: float, idle: Callable[[], bool]) -> None:
+        while (left := due - self.now()) > 0:
+            if idle():
+                self.skipped += left
+            else:
+                time.sleep(0.002)
+
+
+def poisson(way: Way, asked: list[Asked], rate: float) -> list[float]:
     """Latencies, seconds, of requests that arrive at `rate` a second."""
-    server, draw, latencies = way(model), random.Random(2), [0.0] * len(asked)
-    due = time.perf_counter()
+    server, draw, latencies = way(), random.Random(2), [0.0] * len(asked)
+    clock, due = Clock(), 0.0
     futures: list[Future[Any]] = []
     for index, each in enumerate(asked):
         due += draw.expovariate(rate)
-        time.sleep(max(0.0, due - time.perf_counter()))
+        clock.wait(due, lambda: all(future.done() for future in futures))
 
         def done(_: Future[Any], index: int = index, arrived: float = due) -> None:
-            latencies[index] = time.perf_counter() - arrived
+            latencies[index] = clock.now() - arrived
 
         future = server.submit(each)
         future.add_done_callback(done)
@@ -140,47 +208,99 @@ def poisson(way: Way, model: Model, asked: list[Asked], rate: float) -> list[flo
     return latencies
 
 
-def compare(model: Model, uniform: bool, seconds: float) -> dict[str, Any]:
-    few = workload(24, uniform)
-    rates: dict[str, list[float]] = {"step": [], "request": []}
-    for _ in range(3):
-        rates["step"].append(saturated(StepLevel, model, few))
-        rates["request"].append(saturated(RequestLevel, model, few))
-    step, request = (statistics.median(rates[name]) for name in ("step", "request"))
-    many = workload(max(20, int(seconds * 0.9 * request)), uniform)
-    if not seconds:
-        return {"requests_per_cpu_s": {"step": step, "request": request, "ratio": step / request}}
-    found: dict[str, Any] = {"requests_per_cpu_s": {"step": step, "request": request, "ratio": step / request}}
-    for name, way in (("step", StepLevel), ("request", RequestLevel)):
-        latencies = sorted(poisson(way, model, many, 0.9 * request))
-        found[f"latency_{name}_s"] = {
-            "mean": statistics.fmean(latencies),
-            "p50": latencies[len(latencies) // 2],
-            "p95": latencies[int(0.95 * len(latencies))],
-        }
-    found["mean_latency_ratio"] = found["latency_step_s"]["mean"] / found["latency_request_s"]["mean"]
+def told(latencies: list[float]) -> dict[str, float]:
+    ordered = sorted(latencies)
+    picks = {"p50": 0.5, "p95": 0.95}
+    return {"mean": statistics.fmean(ordered)} | {k: ordered[int(q * len(ordered))] for k, q in picks.items()}
+
+
+def throughput(ways: dict[str, Way], kind: str, rounds: int, count: int) -> dict[str, Any]:
+    """Of each way, and the median of the rounds' ratios of the engine to each other."""
+    asked = workload(count, kind)
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        for name in list(ways) if turn % 2 else list(reversed(ways)):
+            rates[name].append(saturated(ways[name], asked))
+    found: dict[str, Any] = {f"{name}_requests_per_cpu_s": statistics.median(rates[name]) for name in ways}
+    for name in ways:
+        if name != "step":
+            ratios = sorted(a / b for a, b in zip(rates["step"], rates[name], strict=True))
+            found[f"step_over_{name}"] = {"median": statistics.median(ratios), "rounds": [round(r, 3) for r in ratios]}
     return found
 
 
+def open_loop(ways: dict[str, Way], kind: str, requests: int) -> dict[str, Any]:
+    """Latencies at 0.9 of the request-level capacity, as it is now, and of the engine at 1.5 times that rate."""
+    asked, rate = workload(requests, kind), 0.9 * saturated(ways["request"], workload(48, kind))
+    found = {
+        "request": told(poisson(ways["request"], asked, rate)),
+        "step": told(poisson(ways["step"], asked, rate)),
+        "step_at_1.5_times_the_rate": told(poisson(ways["step"], asked, 1.5 * rate)),
+    }
+    step, request, fast = found["step"], found["request"], found["step_at_1.5_times_the_rate"]
+    ratios = {"mean_latency": step["mean"] / request["mean"], "p95_at_1.5_times_the_rate": fast["p95"] / request["p95"]}
+    return {"requests": requests, "arrivals_per_s": rate, "latency_s": found, "step_over_request": ratios}
+
+
+def overhead(model: Model, live: int = 32, calls: int = 400) -> dict[str, float]:
+    """Milliseconds of processor time a call with `live` requests of one image, the network answering at once."""
+    assert model.device.type == "cpu"  # known from now on: the free network has no parameters to tell it
+    network, model.denoiser.network = model.denoiser.network, _Free()
+    steps = calls * CHUNK // live
+    asked = [Asked(seed, Sampling("ddim", steps)) for seed in range(live)]
+    found: list[float] = []
+    for _ in range(5):
+        server = StepLevel(model)
+        started = time.process_time()
+        for future in [server.submit(each) for each in asked]:
+            future.result()
+        found.append((time.process_time() - started) / server.engine.load().calls * 1e3)
+        server.close()
+    model.denoiser.network = network
+    return {"live": live, "ms_a_call": statistics.median(found[1:])}
+
+
+class _Free(torch.nn.Module):
+    def forward(self, z: torch.Tensor, *_: Any) -> torch.Tensor:
+        return z
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--seconds", type=float, default=20.0, help="length of each open-loop run (needs a quiet machine); 0: none"
-    )
-    seconds = parser.parse_args().seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=150, help="of each open loop; 0: none")
+    parser.add_argument("--rounds", type=int, default=9, help="of throughput; 0: keep that of the last record")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    network = {"name": "unet", "base_width": 32, "multipliers": (1, 2), "blocks": 2, "attention_at": (4,)}
-    config = ModelConfig(size=8, channels=1, classes=10, prediction="v", network=network)
+    config = ModelConfig(size=8, channels=1, classes=0, prediction="v", network={"name": "unet", **NETWORK})
     model = Model(config, build(config))
-    record = {
+    make, pipe = ours(model), theirs(model)
+    both: dict[str, Way] = {"step": lambda: StepLevel(model), "request": lambda: RequestLevel(make)}
+    three: dict[str, Way] = {**both, "diffusers": lambda: RequestLevel(pipe)}
+    record: dict[str, Any] = {
         "what": "step-level against request-level batching, digits U-Net, one thread",
-        "mixed": compare(model, uniform=False, seconds=seconds),
-        "uniform": compare(model, uniform=True, seconds=seconds),
+        "chunk": CHUNK,
+        "parameters": sum(p.numel() for p in model.denoiser.network.parameters()),
         "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
+        "overhead": overhead(model),
+        "throughput": {},
+        "open_loop": {},
     }
-    print(json.dumps(record))
+    if not args.rounds:
+        record["throughput"] = json.loads(RESULTS.read_text())["throughput"]
+    for kind in ("alike", "ddim", "mixed") if args.rounds else ():
+        record["throughput"][kind] = throughput(both if kind == "mixed" else three, kind, args.rounds, 24)
+        keep(record)
+    for kind in ("mixed", "ddim") if args.requests else ():
+        record["open_loop"][kind] = open_loop(both, kind, args.requests)
+        keep(record)
+
+
+def keep(record: dict[str, Any]) -> None:
+    """After each part: a run that is cut off leaves what it has found."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

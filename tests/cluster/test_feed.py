@@ -22,7 +22,8 @@ from tests.data.folders import write_images
 
 def config(done: Manifest, **values: Any) -> StreamConfig:
     defaults: dict[str, Any] = {"batch_size": 24, "logical_shards": 4, "window": 2, "flip": 0.5}
-    return StreamConfig(done.url, **(defaults | {"read_ahead_bytes": 1 << 16} | values))
+    chosen: dict[str, Any] = {**defaults, "read_ahead_bytes": 1 << 16, **values}
+    return StreamConfig(done.url, **chosen)
 
 
 def test_the_same_batches_as_in_process(small_set: Manifest, ray_cluster: None) -> None:

@@ -1,5 +1,6 @@
 """The engine: the same floats in any company, requests that come, go, fail and expire without touching the others."""
 
+import dataclasses
 import random
 import threading
 import time
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood import ESTIMATORS
-from pipeline.diffusion.procedure import Procedure, Query, drive
+from pipeline.diffusion.procedure import Procedure, Query, answer_queries, drive
 from pipeline.diffusion.samplers import SAMPLERS
-from pipeline.model import Model, Sampling, Scoring
+from pipeline.model import Model, Sampling, Scoring, build
+from pipeline.serving.calls import answer_at_once
 from pipeline.serving.engine import (
     DeadlineExceeded,
     Engine,
@@ -121,6 +123,37 @@ def test_every_request_has_the_same_floats_alone_and_in_any_mix(tiny: Model, eng
     assert load.failed == 0
     assert load.queued_cost == 0
     assert load.live_rows == 0
+
+
+def test_one_call_has_the_floats_of_the_offline_driver(tiny: Model) -> None:
+    """With levels looked up, computed, and both in one call; with a row missing; with a learned variance."""
+    config = dataclasses.replace(tiny.config, learned_variance=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        learned = Model(config, build(config))
+    y = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    label = Conditioning(torch.arange(7))
+
+    def query(start: int, stop: int, gamma: float, known: bool) -> Query:
+        level = torch.full((stop - start,), gamma, dtype=torch.float64)
+        return Query(y[start:stop], level, label[slice(start, stop)], shared=gamma if known else None)
+
+    for model in (tiny, learned):
+        for known in ((True, True, True), (False, False, False), (True, False, True)):
+            places = ((0, 1), (1, 4), (4, 7))
+            queries = [query(*place, gamma, k) for place, gamma, k in zip(places, (3.0, -2.5, 0.1), known, strict=True)]
+            with torch.no_grad():
+                answers, fine = answer_at_once(model.networks, queries, [1, 3, 3], 8)
+                expected = answer_queries(model.networks, queries, 8)
+            assert fine
+            for got, wanted in zip(answers, expected, strict=True):
+                assert torch.equal(got.x_hat, wanted.x_hat)
+                assert not got.x_hat.is_inference()
+                if wanted.variance is None or got.variance is None:
+                    assert wanted.variance is got.variance is None
+                else:
+                    assert torch.equal(got.variance, wanted.variance)
+                    assert not got.variance.is_inference()
 
 
 def test_every_sampler_and_estimator_is_served(tiny: Model, engine: Engine) -> None:

@@ -322,6 +322,12 @@ def test_a_broken_stream_goes_on_after_the_last_event(ask: Callable[..., httpx.R
     assert ask("POST", GENERATE, json=fields, headers={"last-event-id": "x"}).status_code == 400
 
 
+def test_a_name_given_twice_is_refused(ask: Callable[..., httpx.Response]) -> None:
+    answer = ask("POST", GENERATE, content=b'{"n": 1000000000, "seed": 2, "n": 1}', headers=JSON)
+    assert refusal(answer) == (400, "malformed_body")
+    assert "'n' is given twice" in answer.json()["error"]["message"]
+
+
 def test_a_key_spends_its_quota_and_gets_it_back() -> None:
     now = 0.0
     quotas = Quotas(600, clock=lambda: now)

@@ -22,7 +22,7 @@ from pipeline.data import manifest as manifests
 from pipeline.data.card import make_card
 from pipeline.data.manifest import TRAIN, ImageSpec, Manifest, Names, Version
 from pipeline.data.policy import ShardConfig
-from pipeline.data.slices import Part, SliceDone, ShardWriter, part_url, read_part
+from pipeline.data.slices import Part, ShardWriter, SliceDone, part_url, read_part
 
 ENCODING = "png"
 

@@ -192,8 +192,8 @@ class Denoiser(nn.Module):
             output, variance = self._split(output)
         if output.dtype != y.dtype:
             output = output.to(y.dtype)
-        kept = y if c_skip == 1 else y * c_skip
-        return Prediction(torch.add(kept, output, alpha=c_out), variance)
+        x_hat = torch.add(y, output, alpha=c_out) if c_skip == 1 else (y * c_skip).add_(output, alpha=c_out)
+        return Prediction(x_hat, variance)
 
     def raw(self, y: Tensor, gamma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output F (n, C or 2 C, ...) itself, for objectives that are stated on it."""

@@ -104,7 +104,9 @@ def submit(cluster: dict[str, str], verb: str, *arguments: str) -> "subprocess.C
     return subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-def test_shard_train_evaluate_and_serve_as_submitted_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_shard_train_and_serve_as_submitted_jobs(cluster: dict[str, str], tmp_path: Path, long: bool) -> None:
+    """The long form evaluates and samples as well."""
     write_digits(tmp_path / "images")
     overrides = small(tmp_path)
 
@@ -119,9 +121,6 @@ def test_shard_train_evaluate_and_serve_as_submitted_jobs(cluster: dict[str, str
     uploaded = [line for line in done.stderr.splitlines() if "Uploading package" in line or "MiB" in line]
     assert not any(float(line.split("(")[1].split("MiB")[0]) > 5 for line in uploaded if "MiB)" in line), uploaded
 
-    done = submit(cluster, "evaluate", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
-
     [port] = free_ports(1)
     done = submit(cluster, "serve", *overrides, f"serving.port={port}", f"serving.model={tmp_path}/run/model")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -130,6 +129,11 @@ def test_shard_train_evaluate_and_serve_as_submitted_jobs(cluster: dict[str, str
     assert len(made.json()["data"]) == 2
     done = submit(cluster, "serve", *overrides, "--stop")
     assert done.returncode == 0, done.stdout + done.stderr
+    if long:
+        for verb, said in (("evaluate", "bits/dim"), ("sample", "40 images")):
+            done = submit(cluster, verb, *overrides, *(["--images", "40"] if verb == "sample" else []))
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert said in " ".join(done.stdout.split())
 
 
 def test_without_the_token_nobody_gets_in(cluster: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """What a user can mend is one line that names what and where, exit code 2, no traceback, and nothing left over."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,9 @@ def test_unreadable_images_are_counted_and_listed_and_an_empty_folder_is_named(t
 
 
 def test_help_is_readable() -> None:
-    for verb in ("shard", "train", "evaluate", "register", "serve", "quickstart"):
-        done = job(verb, "--help")
+    verbs = ("shard", "train", "evaluate", "register", "serve", "sample", "benchmark", "quickstart")
+    with ThreadPoolExecutor(2) as pool:
+        asked = list(pool.map(lambda verb: job(verb, "--help"), verbs))
+    for verb, done in zip(verbs, asked, strict=True):
         assert done.returncode == 0, done.stderr
         assert f"python -m jobs.{verb}" in done.stdout

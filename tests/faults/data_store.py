@@ -28,7 +28,14 @@ def real_s3(folder: Path) -> Iterator[str]:
     if shutil.which("radosgw") and shutil.which("ceph-osd") and shutil.which("ceph-mon"):
         with _radosgw(folder) as endpoint:
             yield endpoint
-        return
+    else:
+        with moto() as endpoint:
+            yield endpoint
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[str]:
+    """The endpoint of a store in this process."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -131,7 +131,7 @@ def check(endpoint: Endpoint, seen: Seen) -> None:
 
 
 def test_an_overload_is_refused_and_the_rest_is_answered(endpoint: Endpoint, traffic: Traffic) -> None:
-    check(endpoint, overloaded(endpoint, traffic, 2.5))
+    check(endpoint, overloaded(endpoint, traffic, 1.5))
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_request_whose_deadline_passes_in_the_queue_takes_no_step(model: Model
         answers = asyncio.run(run())
         assert {answer.status_code for answer in answers} == {504}
         told = [answer.json()["error"]["message"] for answer in answers]
-        assert sum("after 0 network evaluations" in each for each in told) == 5, told
-        taken = int(next(each for each in told if "after 0 " not in each).split("after ")[1].split()[0])
-        assert engine.load().calls - calls <= taken + 1
+        taken = [int(each.split("after ")[1].split()[0]) for each in told]
+        assert sum(number > 0 for number in taken) <= 1, told  # the one that was running
+        assert engine.load().calls - calls <= sum(taken) + 1
         assert engine.load().expired == 6

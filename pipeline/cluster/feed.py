@@ -5,6 +5,7 @@ A task is `blocks.read_block`, a pure function of its request: a block lost with
 read_ahead_bytes lie in the object store a worker; a block is dropped when its last batch is handed out.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,10 @@ class RayReaders:
         return result(handle)
 
     def close(self, handles: Sequence[Any]) -> None:
-        for handle in handles:
-            ray.cancel(handle)
-        if handles:
-            ray.wait(list(handles), num_returns=len(handles), timeout=CLOSE_TIMEOUT_S, fetch_local=False)
+        """Cancel, and again what goes on regardless: a task that is just starting may swallow the interrupt."""
+        left = list(handles)
+        end = time.monotonic() + CLOSE_TIMEOUT_S
+        while left and time.monotonic() < end:
+            for handle in left:
+                ray.cancel(handle)
+            _, left = ray.wait(left, num_returns=len(left), timeout=1.0, fetch_local=False)

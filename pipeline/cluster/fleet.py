@@ -8,7 +8,6 @@ gets traffic only after every replica has loaded and tested what it names.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -16,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from pipeline.cluster.monitoring import IngressMetrics
 from pipeline.cluster.replica import Pinned, pin
-from pipeline.serving.requests import Refused, RequestError, ServingConfig
+from pipeline.serving.requests import Refused, ServingConfig, unknown_model
 
 log = logging.getLogger("raydiffusion.serving")
 
@@ -112,20 +111,12 @@ class Fleet:
     def _meant(self, name: str | None) -> Pinned:
         self._watch()
         for pinned in self.pinned.values():
-            if name is None or name in (pinned.identity.id, *pinned.identity.aliases):
+            if pinned.identity.answers_to(name):
                 return pinned
-        served = ", ".join(f"'{each.identity.id}'" for each in self.pinned.values())
-        raise RequestError(
-            f"no model '{str(name)[:100]}' is served here; served: {served}",
-            "model",
-            status=404,
-            code="model_not_found",
-        )
+        raise unknown_model(name, [each.identity.id for each in self.pinned.values()])
 
     def _entry(self, pinned: Pinned) -> dict[str, Any]:
-        facts = {**asdict(pinned.identity), "aliases": list(pinned.identity.aliases)}
-        shown = {**facts, "object": "model", "created": 0, "owned_by": "raydiffusion"}
-        return {**shown, "rejected_version": self.rejected.get(pinned.source)}
+        return {**pinned.identity.entry(created=0), "rejected_version": self.rejected.get(pinned.source)}
 
     # --- following the registry ---------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ __all__ = [
     "decode_base64",
     "parse_body",
     "parse_form",
+    "unknown_model",
 ]
 
 
@@ -55,6 +56,13 @@ class RequestError(Refused, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RequestError, (self.message, self.param, self.status, self.code)
+
+
+def unknown_model(name: str | None, served: Sequence[str]) -> RequestError:
+    """The refusal of a request for a model that is none of `served`, ids."""
+    listed = ", ".join(f"'{each}'" for each in served)
+    message = f"no model '{str(name)[:100]}' is served here; served: {listed}"
+    return RequestError(message, "model", status=404, code="model_not_found")
 
 
 OptionValue = bool | int | float | str | None | list[float]

@@ -48,8 +48,8 @@ from pipeline.serving.requests import (
     GenerationRequest,
     LikelihoodOptions,
     Refused,
-    RequestError,
     parse_body,
+    unknown_model,
 )
 
 B = TypeVar("B", GenerationRequest, LikelihoodOptions, EncodingRequest)
@@ -68,6 +68,15 @@ class Identity:
     version: str
     digest: str
     aliases: tuple[str, ...] = ()
+
+    def entry(self, created: int) -> dict[str, Any]:
+        """The model as `GET /v1/models` lists it; created: Unix time, seconds."""
+        facts = {**asdict(self), "aliases": list(self.aliases)}
+        return {**facts, "object": "model", "created": created, "owned_by": "raydiffusion"}
+
+    def answers_to(self, name: str | None) -> bool:
+        """Whether a request that names `name` means this model."""
+        return name is None or name in (self.id, *self.aliases)
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,7 @@ class Service:
 
     async def entry(self) -> dict[str, Any]:
         """The model as `GET /v1/models` lists it."""
-        facts = {**asdict(self.identity), "aliases": list(self.identity.aliases)}
-        return {**facts, "object": "model", "created": self.created, "owned_by": "raydiffusion"}
+        return self.identity.entry(self.created)
 
     async def models(self) -> list[dict[str, Any]]:
         """The list of `GET /v1/models`."""
@@ -314,9 +322,8 @@ class Service:
         return request
 
     def _check_name(self, name: str | None) -> None:
-        if name is not None and name not in (self.identity.id, *self.identity.aliases):
-            message = f"no model '{name[:100]}' is served here; served: '{self.identity.id}'"
-            raise RequestError(message, "model", status=404, code="model_not_found")
+        if not self.identity.answers_to(name):
+            raise unknown_model(name, [self.identity.id])
 
     def _lineage(self, seed: int, outcome: Outcome[Any]) -> dict[str, Any]:
         return {

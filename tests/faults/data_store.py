@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.serving.ports import free_port
+
 KEYS = ("labkey", "labsecret123")
 STALL_S = 30.0
 FAULTS = ("slow down", "reset", "cut short", "stall", "flipped byte", "missing once")
@@ -47,16 +49,10 @@ def moto() -> Iterator[str]:
         server.stop()
 
 
-def _free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
-
-
 @contextlib.contextmanager
 def _radosgw(folder: Path) -> Iterator[str]:
     """One monitor, one OSD in memory and the gateway, as children of this process."""
-    mon, gateway, fsid = _free_port(), _free_port(), uuid.uuid4()
+    mon, gateway, fsid = free_port("127.0.0.1"), free_port("127.0.0.1"), uuid.uuid4()
     for name in ("mon", "osd", "run"):
         (folder / name).mkdir(parents=True)
     config, keyring = folder / "ceph.conf", folder / "keyring"

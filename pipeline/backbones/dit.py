@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.backbones.layers import EmbeddingDenominator, label_embedding, sinusoidal_embedding
+from pipeline.backbones.layers import EmbeddingDenominator, label_embedding, refuse_augmentation, sinusoidal_embedding
 from pipeline.backbones.options import at_least, positive, settle
 from pipeline.diffusion.conditioning import Conditioning
 
@@ -126,8 +126,9 @@ class DiT(nn.Module):
         """z (n, channels, size, size), level (n,) float32, -> F (n, out_channels, size, size).
 
         Raises:
-            ValueError: labels for a network without classes.
+            ValueError: labels for a network without classes; augmentation, which it takes none of.
         """
+        refuse_augmentation(conditioning)
         config = self.config
         emb = sinusoidal_embedding(config.level_scale * level, LEVEL_WIDTH, "cos_sin", config.embedding_denominator)
         emb = self.map2(F.silu(self.map1(emb.to(self.map1.weight.dtype))))

@@ -50,6 +50,14 @@ def label_embedding(table: nn.Embedding | None, conditioning: Conditioning) -> T
     return table(label.clamp(min=0)) * (label >= 0)[:, None]
 
 
+def refuse_augmentation(conditioning: Conditioning) -> None:
+    """Raises ValueError where augmentation is described to a network that has no input for it."""
+    if conditioning.augmentation is not None:
+        raise ValueError(
+            "augmentation was described to a network that takes none: pass none, or use a unet with augmentation_labels"
+        )
+
+
 def group_norm(width: int, groups: int, group_width: int, eps: float) -> nn.GroupNorm:
     """GroupNorm of `groups` groups, fewer where they would hold less than `group_width` channels each.
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.backbones.layers import label_embedding, sinusoidal_embedding
+from pipeline.backbones.layers import label_embedding, refuse_augmentation, sinusoidal_embedding
 from pipeline.backbones.options import at_least, positive, settle
 from pipeline.diffusion.conditioning import Conditioning
 
@@ -72,8 +72,9 @@ class MLP(nn.Module):
         """z (n, channels, size, size), level (n,) float32, -> F (n, out_channels, size, size).
 
         Raises:
-            ValueError: labels for a network without classes.
+            ValueError: labels for a network without classes; augmentation, which it takes none of.
         """
+        refuse_augmentation(conditioning)
         level = self.config.level_scale * level
         emb = sinusoidal_embedding(level, self.config.level_width, "sin_cos", "half").to(self.map1.weight.dtype)
         emb = self.map2(F.silu(self.map1(emb)))

@@ -21,6 +21,7 @@ from pipeline.backbones.layers import (
     label_embedding,
     norm_silu,
     normalised,
+    refuse_augmentation,
     silu_dropout,
     sinusoidal_embedding,
 )
@@ -135,8 +136,9 @@ class VDM(nn.Module):
         """z (n, channels, size, size), level (n,) float32: normalised gamma, -> F (n, out_channels, size, size).
 
         Raises:
-            ValueError: labels for a network without classes.
+            ValueError: labels for a network without classes; augmentation, which it takes none of.
         """
+        refuse_augmentation(conditioning)
         emb = sinusoidal_embedding(self.config.level_scale * level, self.config.width, "sin_cos", "half_minus_1")
         emb = F.silu(self.map2(F.silu(self.map1(emb.to(self.map1.weight.dtype)))))
         label = label_embedding(self.labels, conditioning)

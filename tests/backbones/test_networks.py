@@ -134,8 +134,13 @@ def test_augmentation_labels_enter_the_unet() -> None:
     assert all(p.grad is not None for p in made.parameters()), "a training without augmentation goes on"
     with pytest.raises(ValueError, match=r"augmentation of shape \(4, 3\) .* augmentation_labels 9"):
         made(z, level, Conditioning(augmentation=torch.zeros(4, 3)))
-    with pytest.raises(ValueError, match="augmentation_labels 0"):
-        network("unet")(z, level, Conditioning(augmentation=described))
+
+
+@every
+def test_augmentation_is_refused_by_a_network_that_takes_none(name: str) -> None:
+    z, level = inputs()
+    with pytest.raises(ValueError, match="augmentation_labels"):
+        network(name)(z, level, Conditioning(augmentation=torch.zeros(4, 9)))
 
 
 @every

@@ -88,18 +88,26 @@ class Block:
     """images (n, C, H, W) uint8, labels (n,) int64 (-1 where the set has no classes), tags (n, K) uint8 of 0 and 1,
     captions, ids (n,) int64, lost (n,) bool (no image could or should be read); n = steps x samples a step.
     `damage` says what was found wrong with shards that were read on quarantine.
+
+    `pixels` are the images as they lie in memory: (n, H, W, C), as decoders give them, or (n, C, H, W), raw.
     """
 
     logical_shard: int
     first_step: int
     steps: int
-    images: images.UInt8s
+    pixels: images.UInt8s
+    channels_last: bool
     labels: Int64s
     tags: NDArray[np.uint8] | None
     captions: tuple[str, ...] | None
     ids: Int64s
     lost: NDArray[np.bool_]
     damage: tuple[tar.DamagedShard, ...]
+
+    @property
+    def images(self) -> images.UInt8s:
+        """(n, C, H, W), a view."""
+        return self.pixels.transpose(0, 3, 1, 2) if self.channels_last else self.pixels
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ def read_block(request: BlockRequest) -> Block:
         request.logical_shard,
         request.first_step,
         request.steps,
-        _pixels(taken, request),
+        *_pixels(taken, request, lost),
         labels,
         tags,
         None if captions is None else tuple(captions),
@@ -173,42 +181,58 @@ class _Taken:
     wanted: Int64s
 
 
-def _pixels(taken: list[_Taken], request: BlockRequest) -> images.UInt8s:
-    """(n, C, H, W) uint8, mirrored where asked; zeros where nothing was taken.
+def _pixels(taken: list[_Taken], request: BlockRequest, lost: NDArray[np.bool_]) -> tuple[images.UInt8s, bool]:
+    """`Block.pixels`, mirrored where asked, zeros where lost; and `Block.channels_last`.
 
     Raises:
         DamagedShard: not what the set's format says.
     """
-    out = np.zeros((len(request.shard), *request.image.shape), dtype=np.uint8)
     encoded = [of for of in taken if of.encoding != "raw"]
+    (channels, height, width), count = request.image.shape, len(request.shard)
+    channels_last = any(of.encoding != "raw" for of in request.sets)  # whatever this block holds of them
+    out = images.room((count, height, width, channels) if channels_last else (count, channels, height, width))
+    out[lost] = 0
     for of in taken:
         if of.encoding == "raw":
-            _copy_raw(out, of, request.image)
+            raw = _raw_pixels(of, request.image)
+            out[of.rows] = raw.transpose(0, 2, 3, 1) if channels_last else raw
     if encoded:
-        rows, offsets, sizes = (
-            np.concatenate(parts)
-            for parts in zip(
-                *((of.rows, of.shard.members.offsets[of.wanted], of.shard.members.sizes[of.wanted]) for of in encoded),
-                strict=True,
-            )
-        )
-        whose = np.repeat(np.arange(len(encoded)), [len(of.rows) for of in encoded])
-        order = np.argsort(rows)  # images that lie beside each other in the block are decoded together
-        whose = whose[order].tolist()
-        buffers = [of.shard.data for of in encoded]
-        starts = offsets[order].tolist()
-        wrong = images.decode_own_many([buffers[i] for i in whose], starts, sizes[order].tolist(), rows[order], out)
-        if wrong is not None:
-            of = encoded[whose[wrong[0]]]
-            raise tar.DamagedShard(of.name, starts[wrong[0]], f"a {of.encoding} image", wrong[1])
+        _decode(encoded, out)
     mirrored = np.flatnonzero(request.flip)
     if len(mirrored):
-        out[mirrored] = out[mirrored, :, :, ::-1]
-    return out
+        out[mirrored] = out[mirrored, :, ::-1] if channels_last else out[mirrored, :, :, ::-1]
+    return out, channels_last
 
 
-def _copy_raw(out: images.UInt8s, of: _Taken, image: ImageSpec) -> None:
-    """Raw samples are a header that is always the same, and pixels as they lie."""
+def _decode(taken: list[_Taken], out: images.UInt8s) -> None:
+    rows, offsets, sizes = (
+        np.concatenate(parts)
+        for parts in zip(
+            *((of.rows, of.shard.members.offsets[of.wanted], of.shard.members.sizes[of.wanted]) for of in taken),
+            strict=True,
+        )
+    )
+    order = np.argsort(rows)  # images that lie beside each other in the block are decoded together
+    whose = np.repeat(np.arange(len(taken)), [len(of.rows) for of in taken])[order].tolist()
+    views, starts, ends = (
+        [of.shard.data.data for of in taken],
+        offsets[order].tolist(),
+        (offsets + sizes)[order].tolist(),
+    )
+    payloads = [views[i][start:end] for i, start, end in zip(whose, starts, ends, strict=True)]
+    whole = len(rows) == len(out)
+    into = out if whole else images.room((len(rows), *out.shape[1:]))
+    try:
+        images.decode_own(payloads, into)
+    except images.Refused as refused:
+        of = taken[whose[refused.index]]
+        raise tar.DamagedShard(of.name, starts[refused.index], f"a {of.encoding} image", refused.reason) from None
+    if not whole:
+        out[rows[order]] = into
+
+
+def _raw_pixels(of: _Taken, image: ImageSpec) -> images.UInt8s:
+    """(n, C, H, W): raw samples are a header that is always the same, and pixels as they lie."""
     prefix = np.frombuffer(raw_prefix(image.shape), np.uint8)
     length = len(prefix) + image.bytes
     offsets, sizes = of.shard.members.offsets[of.wanted], of.shard.members.sizes[of.wanted]
@@ -221,7 +245,7 @@ def _copy_raw(out: images.UInt8s, of: _Taken, image: ImageSpec) -> None:
         expected = f"a .npy of uint8 {image.shape}, {length} bytes"
         raise tar.DamagedShard(of.name, int(offsets[where]), expected, f"{sizes[where]} bytes or another header")
     pixels = np.lib.stride_tricks.sliding_window_view(of.shard.data, image.bytes)
-    out.reshape(len(out), -1)[of.rows] = pixels[offsets + len(prefix)]
+    return pixels[offsets + len(prefix)].reshape(-1, *image.shape)
 
 
 def _texts(shard: VerifiedShard, extra: str, wanted: Int64s) -> list[bytes]:

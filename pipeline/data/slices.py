@@ -165,7 +165,9 @@ class _Maker:
         if shard is not None:
             made = shard.write(self.config.url, split, self.task.index)
             self.shards.append(made)
-            self.rows += [row | {"shard": made["url"]} for row in shard.rows]
+            for row in shard.rows:
+                row["shard"] = made["url"]
+            self.rows += shard.rows
 
 
 class ShardWriter:

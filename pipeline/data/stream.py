@@ -31,7 +31,8 @@ STAND_IN_TRIES = 64
 @dataclass(frozen=True)
 class Batch:
     """One logical shard's part of one global batch: images (b, C, H, W) uint8, labels (b,) int64 or None where the
-    set has no classes, ids (b,) int64, tags (b, K) uint8 of 0 and 1 or None, captions.
+    set has no classes, ids (b,) int64, tags (b, K) uint8 of 0 and 1 or None, captions. Images are as they were decoded,
+    channels_last in memory, raw ones contiguous.
 
     `stands_in` (b,) bool is None where every sample is the scheduled one; True marks one that stands in for a
     scheduled sample that is damaged or was taken down. `lost` are the ids of those.
@@ -188,7 +189,8 @@ class Stream:
         lost = np.flatnonzero(block.lost)
         if not len(lost):
             return _Held(block, None, block.ids)
-        images, labels, ids = block.images.copy(), block.labels.copy(), block.ids.copy()
+        pixels, labels, ids = block.pixels.copy(), block.labels.copy(), block.ids.copy()
+        whole = replace(block, pixels=pixels, labels=labels, ids=ids)
         tags = None if block.tags is None else block.tags.copy()
         captions = None if block.captions is None else list(block.captions)
         left = lost
@@ -200,7 +202,7 @@ class Stream:
             self._note(other)
             good = ~other.lost
             rows = left[good]
-            images[rows], labels[rows], ids[rows] = other.images[good], other.labels[good], other.ids[good]
+            whole.images[rows], labels[rows], ids[rows] = other.images[good], other.labels[good], other.ids[good]
             if tags is not None and other.tags is not None:
                 tags[rows] = other.tags[good]
             if captions is not None and other.captions is not None:
@@ -209,8 +211,7 @@ class Stream:
             left = left[~good]
             if not len(left):
                 texts = None if captions is None else tuple(captions)
-                whole = replace(block, images=images, labels=labels, ids=ids, tags=tags, captions=texts)
-                return _Held(whole, block.lost, block.ids)
+                return _Held(replace(whole, tags=tags, captions=texts), block.lost, block.ids)
         raise next(iter(self.damage.values()), None) or ValueError(
             f"logical shard {block.logical_shard}: nothing is left to stand in for samples that were taken down"
         )
@@ -224,7 +225,7 @@ class Stream:
         rows = slice((step - block.first_step) * b, (step - block.first_step + 1) * b)
         # Ray's blocks are read-only and shared: a batch gets bytes of its own; those of a thread are its own already
         images, labels, ids = (
-            torch.from_numpy(array[rows] if array.flags.writeable else array[rows].copy())
+            torch.from_numpy(array[rows] if array.flags.writeable else array[rows].copy(order="K"))
             for array in (block.images, block.labels, block.ids)
         )
         replaced = held.stands_in is not None and bool(held.stands_in[rows].any())

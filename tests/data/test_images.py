@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.data import images
+from pipeline.data import images, png
 
 RNG = np.random.default_rng(0)
 
@@ -166,15 +166,43 @@ def test_limits() -> None:
     assert images.decode(data, 3, images.Limits(pixels=56 * 40)).shape == (40, 56, 3)
 
 
+def own(payloads: list[bytes], channels: int, height: int = 40, width: int = 56) -> images.UInt8s:
+    out = np.full((len(payloads), height, width, channels), 7, dtype=np.uint8)
+    images.decode_own([memoryview(payload) for payload in payloads], out)
+    return out
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_png_round_trip(channels: int) -> None:
+@pytest.mark.parametrize("encoding", ["png", "jpg", "webp"])
+def test_what_is_written_comes_back_as_any_reader_has_it(encoding: str, channels: int) -> None:
+    pixels = [np.roll(photo(channels=channels), shift, axis=1) for shift in range(images.AT_ONCE + 3)]
+    data = [images.encode(each, encoding) for each in pixels]
+    assert images.encode(pixels[0], encoding) == data[0]
+    found = own(data, channels)
+    for payload, each, made in zip(data[:3], pixels, found, strict=False):
+        with Image.open(io.BytesIO(payload)) as opened:
+            theirs = np.asarray(opened.convert("L" if channels == 1 else "RGB")).reshape(made.shape)
+        assert np.array_equal(made, images.decode(payload, channels))
+        assert np.array_equal(made, theirs)
+        assert encoding == "jpg" or np.array_equal(made, each)
+    assert encoding == "jpg" or np.array_equal(found, np.stack(pixels))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pngs_of_other_writers_are_read_too(channels: int) -> None:
     pixels = photo(channels=channels)
-    data = images.encode_png(pixels)
-    assert images.encode_png(pixels) == data
-    assert np.array_equal(images.decode(data, channels), pixels)
-    assert np.array_equal(images.decode_own(data, channels), pixels)
-    with pytest.raises(ValueError, match="decoder refused"):
-        images.decode_own(data[:-30], channels)
+    theirs = encoded(Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels), "PNG")
+    assert theirs[: png.HEAD] == png.head(40, 56, channels), "only the filters of its rows tell them apart"
+    assert np.array_equal(own([images.encode_png(pixels), theirs], channels), np.stack([pixels, pixels]))
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpg", "webp"])
+def test_what_was_not_written_whole_is_refused(encoding: str) -> None:
+    good = images.encode(photo(), encoding)
+    for bad in (good[:-30], good[: len(good) // 2], good[:10] + bytes(100), images.encode(photo(16, 16), encoding)):
+        with pytest.raises(images.Refused) as refused:
+            own([good, bad], 3)
+        assert refused.value.index == 1
 
 
 @pytest.mark.parametrize("policy", images.POLICIES)

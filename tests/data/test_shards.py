@@ -61,7 +61,7 @@ def test_tables_say_what_the_tars_hold(
         assert source is not None
         pixels = source.reshape(8, 8, channels)
         stored = (
-            images.decode_own(payload, channels)
+            images.decode(payload, channels)
             if encoding == "png"
             else np.load(io.BytesIO(payload), allow_pickle=False).transpose(1, 2, 0)
         )

@@ -69,7 +69,8 @@ def test_images_labels_and_ids_belong_together_and_come_once(
     for batch in batches(config(done, batch_size=18, logical_shards=3), done, [0, 1, 2], 0, 5):
         assert batch.images.shape == (6, channels, 8, 8)
         assert batch.images.dtype == torch.uint8
-        assert batch.images.is_contiguous()
+        layout = torch.contiguous_format if encoding == "raw" else torch.channels_last
+        assert batch.images.is_contiguous(memory_format=layout)
         assert batch.labels is not None
         for image, label, name in zip(batch.images.numpy(), batch.labels.tolist(), batch.ids.tolist(), strict=True):
             hwc = np.ascontiguousarray(image.transpose(1, 2, 0))

@@ -13,6 +13,7 @@ BENCHMARKS = {  # module jobs.benchmark.NAME, and what it measures
     "systems": "ten published systems on the digits: bits/dim by every estimator, sample quality",
     "known_entropy": "a model trained on fields whose entropy is known: the gap of its likelihood to the truth",
     "step": "a whole training step beside diffusers' and a bare convolution; on a GPU also MFU",
+    "loop": "the training loop with its data, in this process and as a worker of a Ray cluster",
     "engine": "the serving engine alone beside a bare loop over the same network, on any device",
     "serve": "a running endpoint: capacity, latency against load, how many replicas that asks for",
 }

@@ -1,4 +1,5 @@
-"""Reading shards against the decoder alone and other readers: `python -m tests.benchmarks.data [--count 12000]`.
+"""Reading shards against the decoder alone and other readers: `python -m tests.benchmarks.data [--count 12000]`; with
+--ray the same stream read by one and by two Ray tasks at a time for two workers, in wall time, and Ray Data beside it.
 
 32x32 PNG, 64x64 JPEG and 32x32 raw pixels in tars, page cache warm, one core, every line ending in uint8 batches of
 128 images (our stream verifies all bytes). The readers take turns; a rate is images over process CPU time, and the
@@ -17,6 +18,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -262,6 +264,67 @@ def shard_rates(folder: Path, count: int, rounds: int) -> dict[str, float]:
     return rates({"ours": job, "plain loop": loop}, rounds)
 
 
+def ray_rates(folder: Path, count: int) -> dict[str, float]:
+    """Images a second of wall time at two workers: read by one task at a time and by two, and by Ray Data."""
+    write_crops(folder / "images", count, 32)
+    config = ShardConfig(
+        str(folder / "images"), str(folder / "set"), image_size=32, held_out=0.0, samples_per_shard=1000
+    )
+    done = shard_in_process(config)
+    settings = StreamConfig(done.url, batch_size=2 * BATCH, logical_shards=2, window=2, reader_cpus=1.0)
+    steps = 4 * (count // settings.batch_size)
+    found = {"in process": in_process(settings, done, steps)}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    import ray
+
+    for readers in (1, 2):
+        ray.init(address="local", num_cpus=readers, include_dashboard=False, log_to_driver=False)
+        found[f"{readers} reader tasks"] = through_ray(replace(settings, readers=readers), done, steps)
+        if readers == 2:
+            found["Ray Data"] = ray_data(done, count)
+        ray.shutdown()
+    return found
+
+
+def in_process(settings: StreamConfig, done: Manifest, steps: int) -> float:
+    """By one thread, in this process."""
+    with thread_stream(settings, done, [0, 1]) as source:
+        next(source)
+        began = time.perf_counter()
+        count = sum(len(batch.images) for batch in islice(source, 2 * steps))
+        return count / (time.perf_counter() - began)
+
+
+def through_ray(settings: StreamConfig, done: Manifest, steps: int) -> float:
+    """Two actors, each with a logical shard of its own."""
+    import ray
+
+    from pipeline.cluster.feed import ray_stream
+
+    def consume(logical_shard: int, steps: int) -> int:
+        with ray_stream(settings, done, [logical_shard]) as source:
+            return sum(len(batch.images) for batch in islice(source, steps))
+
+    task: Any = ray.remote(consume).options(num_cpus=0)
+    ray.get([task.remote(place, 8) for place in (0, 1)])  # processes have started
+    began = time.perf_counter()
+    count = sum(ray.get([task.remote(place, steps) for place in (0, 1)]))
+    return count / (time.perf_counter() - began)
+
+
+def ray_data(done: Manifest, count: int) -> float:
+    """`ray.data.read_webdataset`, decoded by its own decoder."""
+    import ray.data
+
+    urls = [str(Path(done.url, url)) for url in done.shards["url"].to_pylist()]
+    began, seen = time.perf_counter(), 0
+    while seen < count:
+        rows: Any = ray.data.read_webdataset(urls, decoder="rgb8")
+        for batch in rows.iter_batches(batch_size=BATCH, batch_format="numpy"):
+            seen += len(torch.from_numpy(np.stack(list(batch["png"]))))
+    return seen / (time.perf_counter() - began)
+
+
 def measure(count: int, rounds: int) -> dict[str, Any]:
     """All rates, and the machine."""
     one_core()
@@ -280,8 +343,13 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--count", type=int, default=12_000)
     arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--ray", action="store_true")
     args = arguments.parse_args()
-    print(json.dumps(measure(args.count, args.rounds)))
+    if args.ray:
+        with tempfile.TemporaryDirectory(prefix="raydiffusion-benchmark-") as folder:
+            print(json.dumps(ray_rates(Path(folder), args.count)))
+    else:
+        print(json.dumps(measure(args.count, args.rounds), indent=1))
 
 
 if __name__ == "__main__":

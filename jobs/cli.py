@@ -23,7 +23,9 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def parser(verb: str, description: str, sections: Sequence[str]) -> argparse.ArgumentParser:
+def parser(
+    verb: str, description: str, sections: Sequence[str], *, run_file_needed: bool = True
+) -> argparse.ArgumentParser:
     """`python -m jobs.VERB RUN_FILE [key=value ...]`. The help lists the keys of the sections that the job reads."""
     made = _Parser(
         prog=f"python -m jobs.{verb}",
@@ -31,7 +33,8 @@ def parser(verb: str, description: str, sections: Sequence[str]) -> argparse.Arg
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.sections = sections
-    made.add_argument("run_file", help="a complete run file, for example jobs/configs/digits.yaml")
+    needed = None if run_file_needed else "?"
+    made.add_argument("run_file", nargs=needed, help="a complete run file, for example jobs/configs/digits.yaml")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="values laid on top of the run file")
     return made
 
@@ -47,7 +50,7 @@ def one_line(error: BaseException) -> str:
 
 
 def main(run: Callable[[], int | None]) -> None:
-    """Run a job: 0 done, 2 for what a user can mend (one line on stderr), 130 after Ctrl-C.
+    """Run a job: 0 done, 2 for what a user can mend (a line of each on stderr), 130 after Ctrl-C.
 
     RAYDIFFUSION_TRACEBACK=1 shows the traceback as well.
     """
@@ -59,7 +62,8 @@ def main(run: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RAYDIFFUSION_TRACEBACK"):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        for line in getattr(error, "problems", None) or [one_line(error)]:
+            print(f"error: {line}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     sys.exit(code)

@@ -79,7 +79,7 @@ def estimate(config: RunConfig) -> Estimate:
 def show(config: RunConfig) -> None:
     """Print the estimate: memory of a worker, steps and hours."""
     found = estimate(config)
-    workers, shards = config.cluster.workers, config.stream.logical_shards
+    workers, shards = config.cluster.most_workers, config.stream.logical_shards
     steps = math.ceil(config.training.images / config.stream.batch_size)
     step_s = found.shard_s * math.ceil(shards / workers)
     for what, value in (

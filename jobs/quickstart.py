@@ -231,7 +231,7 @@ def run(config: RunConfig, folder: Path, keep: bool) -> None:
                 count = write_digits(Path(config.shard.source))
                 cli.console.print(f"  {count:,} scans of digits in {config.shard.source}")
                 manifest = shard.run(config)
-            with stages.stage("train", f"{config.cluster.workers} DDP workers under Ray Train", memory):
+            with stages.stage("train", f"{config.cluster.most_workers} DDP workers under Ray Train", memory):
                 finished = train.run(config)
                 if finished.reason != "budget":
                     raise KeyboardInterrupt
@@ -288,7 +288,7 @@ def main() -> None:
     def job() -> None:
         config = load_config(RUN_FILE, args.overrides)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if cores < config.cluster.workers:
+        if cores < config.cluster.fewest_workers:
             config = replace(config, cluster=replace(config.cluster, workers=1))
         folder = storage.local_path(config.output)
         if folder is None:

@@ -2,10 +2,13 @@
 to it.
 
 Refused where the evaluation misses what the run file demands of it (evaluation.min_agreement,
-evaluation.max_frechet_ratio).
+evaluation.max_frechet_ratio) or a gate of --gates, a file of lines such as `bits_per_dim_vlb: {at_most: 2.9}`: the
+whole 95% interval must meet the bound. Measures: bits_per_dim_ESTIMATOR, frechet_distance, frechet_ratio,
+class_agreement, near_copies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jobs import cli
 from jobs.evaluate import model_url, stored
@@ -14,24 +17,28 @@ from pipeline import model as models
 from pipeline.choose import choose
 from pipeline.config import RunConfig, load_config
 from pipeline.data import storage
-from pipeline.evaluation.measure import Evaluation, passed, rows
+from pipeline.evaluation import gates
+from pipeline.evaluation.measure import Evaluation, rows
 from pipeline.tracking.registry import Version, register
 
 
-def run(config: RunConfig, found: Evaluation | None, alias: str = "champion") -> Version:
+def run(
+    config: RunConfig, found: Evaluation | None, alias: str = "champion", required: Sequence[gates.Gate] = ()
+) -> Version:
     """Register the run's model. `found`: its evaluation, for the card; None registers it unmeasured.
 
     Raises:
-        ValueError: the evaluation misses what the run file demands; names what.
+        ValueError: the evaluation misses what the run file or a gate demands; names what.
     """
     model = models.load(model_url(config))
     card = dict(model.card)
     metrics: dict[str, float] = {}
     if found is not None:
         table = rows(found, config.evaluation)
-        if not passed(table):
-            missed = "; ".join(f"{row.name} is {row.value}, {row.detail}" for row in table if row.ok is False)
-            raise ValueError(f"{config.registered_model} is not registered: {missed}")
+        missed = [f"{row.name} is {row.value}, {row.detail}" for row in table if row.ok is False]
+        missed += gates.missed(required, found)
+        if missed:
+            raise ValueError(f"{config.registered_model} is not registered: {'; '.join(missed)}")
         card |= found.card()
         metrics = {f"evaluation/{name}": value for name, value in found.metrics().items()}
     url = storage.join(config.output, "registered")
@@ -49,6 +56,16 @@ def run(config: RunConfig, found: Evaluation | None, alias: str = "champion") ->
     )
     cli.console.print(f"  {version.url}, alias {alias}, digest {version.digest[:12]}")
     return version
+
+
+def load_gates(path: str) -> list[gates.Gate]:
+    """Gates from a YAML file. ValueError where it is none; names the line."""
+    import yaml
+
+    try:
+        return gates.from_plain(yaml.safe_load(Path(path).read_text(encoding="utf-8")), path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def export(config: RunConfig, form: str, folder: str) -> None:
@@ -69,15 +86,19 @@ def main() -> None:
         metavar=("diffusers", "DIR"),
         help="also write DIR, which DDPMPipeline.from_pretrained opens",
     )
+    parser.add_argument("--gates", metavar="FILE", help="refuse a model whose evaluation does not pass these bounds")
     parser.add_argument("--unmeasured", action="store_true", help="register without an evaluation")
     args = parser.parse_intermixed_args()
 
     def job() -> None:
         config = load_config(args.run_file, args.overrides)
+        required = load_gates(args.gates) if args.gates else []
+        if required and args.unmeasured:
+            raise ValueError("--gates needs an evaluation: leave out --unmeasured")
         found = None if args.unmeasured else _stored(config)
         if args.export:
             export(config, *args.export)
-        run(config, found, args.alias)
+        run(config, found, args.alias, required)
 
     cli.main(job)
 

@@ -12,32 +12,55 @@ import pipeline
 from pipeline import interchange
 from pipeline.choose import build as build_choice
 from pipeline.data import storage
+from pipeline.data.images import to_model
 from pipeline.data.manifest import Manifest
 from pipeline.data.manifest import load as load_manifest
 from pipeline.data.stream import Images, Stream, StreamConfig, held_out, thread_stream
 from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.likelihood import Likelihood
 from pipeline.diffusion.objective import OBJECTIVES
-from pipeline.diffusion.procedure import drive
+from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import key_seed
 from pipeline.model import Model, ModelConfig, Scoring, build, save
-from pipeline.training.checkpoint import newest
+from pipeline.training.checkpoint import STATE, committed, folder, newest
 from pipeline.training.events import Event, Finished
-from pipeline.training.loop import Hooks, RunError, Task, train
+from pipeline.training.loop import RunError, train
 from pipeline.training.loop import standing as training_standing
 from pipeline.training.step import Place
+from pipeline.training.task import HeldOut, Hooks, Task
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 OpenStream = Callable[[StreamConfig, Manifest, list[int], int], Stream]
 
-SCORED_AT_ONCE = 256
+SCORED_AT_ONCE = 64
 IN_ORDER = ("batch_size", "logical_shards", "seed", "window", "flip")  # what decides which image comes when
 
 
 def checkpoints(config: "RunConfig") -> str:
     """URL of a run's checkpoints."""
     return storage.join(config.output, "checkpoints")
+
+
+def data(config: "RunConfig") -> Manifest:
+    """The shard set that the run trains on: the version its checkpoints began with, else the newest.
+
+    Raises:
+        ValueError: there is no such set, or it no longer has that version.
+    """
+    return load_manifest(config.stream.url, began(config).get("data.digest"))
+
+
+def began(config: "RunConfig") -> Mapping[str, Any]:
+    """The `identity` of the run whose checkpoints are at the output, not verified; empty where there is none."""
+    store = checkpoints(config)
+    for step in committed(store):
+        try:
+            return json.loads(storage.read_bytes(storage.join(folder(store, step), STATE)))["facts"]["identity"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged: an older one says the same
+            continue
+    return {}
 
 
 def assemble(
@@ -58,7 +81,7 @@ def assemble(
         denoiser = build(config.model)
     if config.init is not None:
         start_from(denoiser, config.model, config.init, config.tracking.uri)
-    held = _Held(config, manifest)
+    held = Held(config, manifest)
     return Task(
         config=config.training,
         denoiser=denoiser,
@@ -74,7 +97,7 @@ def assemble(
         identity=identity(config, manifest),
         place=place,
         hooks=Hooks(
-            evaluate=held.bits_per_dim if config.training.evaluate_images else None,
+            evaluate=held.scores if config.training.evaluate_images else None,
             sample=held.sample if config.training.sample_images else None,
             stop=stop,
         ),
@@ -83,9 +106,13 @@ def assemble(
 
 def train_here(config: "RunConfig", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
     """The whole training in this process: no cluster, the data read by threads."""
-    manifest = load_manifest(config.stream.url)
-    device = torch.device("cuda" if config.cluster.gpus_per_worker > 0 else "cpu")
-    yield from train(assemble(config, manifest, Place(device=device), thread_stream, stop))
+    manifest = data(config)
+    yield from train(assemble(config, manifest, Place(device=device_here(config)), thread_stream, stop))
+
+
+def device_here(config: "RunConfig") -> torch.device:
+    """Where `train_here` trains."""
+    return torch.device("cuda" if config.cluster.gpus_per_worker > 0 else "cpu")
 
 
 def standing(config: "RunConfig", manifest: Manifest) -> Finished | None:
@@ -101,13 +128,17 @@ def standing(config: "RunConfig", manifest: Manifest) -> Finished | None:
 
 def identity(config: "RunConfig", manifest: Manifest) -> dict[str, Any]:
     """The facts that make a run this run: a checkpoint is continued only where they are the same. Flat, JSON values."""
+    return choices(config) | {"data.digest": manifest.digest}
+
+
+def choices(config: "RunConfig") -> dict[str, Any]:
+    """The part of a run's `identity` that its run file says."""
     facts = {
         "model": asdict(config.model),
         "objective": config.objective,
         "init": config.init,
         "seed": config.seed,
         "stream": {name: getattr(config.stream, name) for name in IN_ORDER},
-        "data": {"digest": manifest.digest},
     }
     return dict(_flat("", json.loads(json.dumps(facts))))
 
@@ -152,33 +183,57 @@ def start_from(denoiser: Denoiser, config: ModelConfig, url: str, tracking_uri: 
         raise RunError(f"init: the weights of {url} do not fit the model of this run: {error}") from None
 
 
-class _Held:
+class Held:
     """The held-out images, read when they are first asked for, and the fixed draws they are scored by."""
 
     def __init__(self, config: "RunConfig", manifest: Manifest) -> None:
         self.config, self.manifest = config, manifest
         self.images: Images | None = None
 
-    def bits_per_dim(self, denoiser: Denoiser, place: Place) -> Tensor:
-        """Bits/dim of this rank's share, (m,) float64, by the continuous bound; image i's draws depend on i alone."""
+    def scores(self, denoiser: Denoiser, place: Place) -> HeldOut:
+        """By the continuous bound; image i's draws depend on i alone.
+
+        Images are scored in groups, the same for any number of ranks: what a group scores does not depend on it.
+        """
         if self.images is None:
             self.images = held_out(self.manifest, self.config.training.evaluate_images)
-        model = Model(self.config.model, denoiser)
-        how = Scoring("vlb", {"levels": self.config.training.evaluate_levels})
-        mine = torch.arange(place.rank, len(self.images.images), place.world)
-        scores: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
-        for rows in mine.split(SCORED_AT_ONCE):
+        model, count = Model(self.config.model, denoiser), len(self.images.images)
+        levels = self.config.training.evaluate_levels
+        how = Scoring("vlb", {"levels": levels})
+        found = HeldOut(
+            *(torch.zeros(shape, dtype=torch.float64) for shape in ((count,), (count, levels), (count, levels)))
+        )
+        for rows in torch.arange(count).split(SCORED_AT_ONCE)[place.rank :: place.world]:
             seeds = [key_seed("held-out", index) for index in rows.tolist()]
             labels = None if self.images.labels is None or not model.config.classes else self.images.labels[rows]
+            seen: list[tuple[Tensor, Tensor]] = []
             scoring = model.scoring(self.images.images[rows], seeds, labels, how)
-            scores.append(drive(scoring, model.networks).bits_per_dim.double().cpu())
-        return torch.cat(scores)
+            scoring = _watched(scoring, to_model(self.images.images[rows].to(model.device)), seen)
+            found.bits_per_dim[rows] = drive(scoring, model.networks).bits_per_dim.double().cpu()
+            found.gamma[rows], found.error[rows] = (torch.cat(columns, 1).cpu() for columns in zip(*seen, strict=True))
+        return found
 
     def sample(self, denoiser: Denoiser) -> Tensor:
         """A grid's images, uint8 (n, C, H, W), classes in turn, the same seeds every time."""
         model, count = Model(self.config.model, denoiser), self.config.training.sample_images
         labels = [i % model.config.classes for i in range(count)] if model.config.classes else None
         return model.sample(count, labels)
+
+
+def _watched(scoring: Procedure[Likelihood], x: Tensor, seen: list[tuple[Tensor, Tensor]]) -> Procedure[Likelihood]:
+    """The same procedure; `seen` gets (gamma, mean square of eps_hat - eps), (n, m) each, of every query: m levels of
+    each clean image of x (n, C, H, W).
+    """
+    try:
+        query = next(scoring)
+        while True:
+            answer = yield query
+            clean = x.repeat_interleave(query.rows // len(x), dim=0)
+            error = (answer.x_hat - clean).double().square().flatten(1).mean(1) / torch.exp(query.gamma)
+            seen.append((query.gamma.view(len(x), -1), error.view(len(x), -1)))
+            query = scoring.send(answer)
+    except StopIteration as end:
+        return end.value
 
 
 def export(config: "RunConfig", manifest: Manifest, mlflow_run: str = "") -> str:

@@ -17,7 +17,7 @@ from pipeline.data.stream import StreamConfig
 from pipeline.evaluation import EvaluationConfig
 from pipeline.model import ModelConfig
 from pipeline.serving.config import ServingConfig
-from pipeline.training.loop import TrainingConfig
+from pipeline.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,37 @@ class ClusterConfig:
     address: Annotated[
         str | None, "Ray cluster to join; null: the one around this job (RAY_ADDRESS), else start one here"
     ] = None
-    workers: Annotated[int, "training processes (DDP ranks)"] = 1
+    workers: Annotated[
+        int | tuple[int, int], "training processes (DDP ranks); [min, max]: as many of them as the nodes hold"
+    ] = 1
+    resize_s: Annotated[float, "seconds between two looks whether [min, max] workers can become more"] = 60.0
     cpus_per_worker: Annotated[float, "CPU cores a training process asks for"] = 1.0
     gpus_per_worker: Annotated[float, "GPUs a training process asks for; 0 trains on CPU with gloo"] = 0.0
     max_failures: Annotated[int, "restarts from the newest checkpoint before a run is given up; -1 for no limit"] = 3
+    hang_factor: Annotated[float, "workers are restarted where a step takes this many times the median step"] = 20.0
+    hang_floor_s: Annotated[float, "but never before so many seconds without a step; 0: never"] = 300.0
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
+        if self.fewest_workers < 1:
             raise ValueError(f"cluster.workers must be at least 1, got {self.workers}")
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"cluster.workers must be a number or [min, max], got {self.workers}")
+        for name, least in {"resize_s": 0.1, "hang_factor": 1.0, "hang_floor_s": 0.0}.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"cluster.{name} must be at least {least:g}, got {getattr(self, name):g}")
         if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
             raise ValueError(
                 f"cluster: cpus_per_worker must be positive and gpus_per_worker 0 or more, "
                 f"got {self.cpus_per_worker:g} and {self.gpus_per_worker:g}"
             )
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True)
@@ -148,24 +166,33 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         FileNotFoundError: no such file.
         ValueError: not YAML, an override that is not `key=value`, or anything `from_plain` refuses.
     """
-    import yaml
-    from omegaconf import OmegaConf
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"no run file at {path}; complete ones are in jobs/configs/")
     try:
-        values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(text, overrides, path)
+
+
+def parse(text: str, overrides: Sequence[str], source: str) -> RunConfig:
+    """`load_config` of a run file's text; `source` names it in errors."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        values: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected sections (name, output, shard, ...), got {type(values).__name__}")
+        raise ValueError(f"{source}: expected sections (name, output, shard, ...), got {type(values).__name__}")
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ValueError(
                 f"'{override}' is not an override; write section.key=value, for example training.images=100000"
             )
     given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
-    return from_plain(_merge(typing.cast(Section, values), typing.cast(Section, given)), path)
+    return from_plain(_merge(typing.cast(Section, values), typing.cast(Section, given)), source)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/backbones": ({"pipeline.choose", "pipeline.diffusion"}, {"torch", "jaxtyping"}),
     "pipeline/data": (
         {"pipeline.choose", "pipeline.diffusion"},
-        {"torch", "numpy", "pyarrow", "boto3", "botocore", "webdataset", "cv2", "PIL"},
+        {"torch", "numpy", "pyarrow", "boto3", "botocore", "webdataset", "cv2", "isal", "PIL", "simplejpeg"},
     ),
     "pipeline/training": (
         {"pipeline.choose", "pipeline.diffusion", "pipeline.backbones", "pipeline.data"},

@@ -37,7 +37,11 @@ def options(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--model", default="base32", help="base32, ddpm_cifar10, edm_cifar10, adm_imagenet64, dit_xl2 [base32]")
+    add(
+        "--model",
+        default="base32",
+        help="base32, base32_at_8, ddpm_cifar10, edm_cifar10, adm_imagenet64, dit_xl2 [base32]",
+    )
     add("--batch", type=int, help="images a step [16 on a CPU, 512 on a GPU]")
     add("--rounds", type=int, default=9, help="steps of each contestant that count [9]")
     add("--steps", type=int, help="steps a round [1 on a CPU, 10 on a GPU]")

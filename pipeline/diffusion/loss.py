@@ -237,11 +237,12 @@ WEIGHTS: dict[str, Callable[[Level], Tensor]] = {
 # --- monitoring -----------------------------------------------------------------------------------
 
 
-def quarters(loss: Loss, gamma_min: float, gamma_max: float) -> Tensor:
-    """(4, 2) float64: sum of per_image and number of images in each quarter of [gamma_min, gamma_max], low noise first.
+def binned(values: Tensor, gamma: Tensor, gamma_min: float, gamma_max: float, bins: int) -> Tensor:
+    """(bins, 2) float64: sum of the values and how many there are in each of the equal bins of [gamma_min, gamma_max],
+    low noise first; levels outside go to the bins at the ends. values, gamma: float64, of one shape.
 
-    Sums add over shards and steps; sum / count is the mean loss of a quarter.
+    Sums add over shards and steps; sum / count is the mean of a bin.
     """
-    place = ((loss.gamma - gamma_min) / (gamma_max - gamma_min) * 4).long().clamp(0, 3)
-    values = torch.stack([loss.per_image.detach(), torch.ones_like(loss.gamma)], dim=1)
-    return values.new_zeros(4, 2).index_add_(0, place, values)
+    place = ((gamma.flatten() - gamma_min) / (gamma_max - gamma_min) * bins).long().clamp(0, bins - 1)
+    rows = torch.stack([values.flatten(), torch.ones_like(values).flatten()], dim=1)
+    return rows.new_zeros(bins, 2).index_add_(0, place, rows)

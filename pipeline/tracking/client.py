@@ -15,11 +15,35 @@ if TYPE_CHECKING:
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
+class Away(ValueError):
+    """A server that does not answer."""
+
+
 def connect(uri: str) -> "MlflowClient":
-    """A client of a server or a database.
+    """A client of a server or a database that answers.
 
     Raises:
-        ValueError: a scheme that MLflow cannot use, or no answer.
+        ValueError: a scheme that MLflow cannot use, or a server of another version.
+        Away: no answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = client_of(uri)
+    if uri.startswith("http"):
+        _answers(uri)
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        kind = Away if uri.startswith("http") else ValueError
+        raise kind(f"MLflow at {without_secret(uri)} cannot be used: {first_line(error)}") from None
+    return client
+
+
+def client_of(uri: str) -> "MlflowClient":
+    """A client of a server or a database, whether it answers or not.
+
+    Raises:
+        ValueError: a scheme that MLflow cannot use.
     """
     scheme = uri.partition(":")[0].partition("+")[0]
     if "://" not in uri or scheme not in SCHEMES:
@@ -27,19 +51,11 @@ def connect(uri: str) -> "MlflowClient":
             f"tracking.uri must be a server (http://...) or a database (sqlite:///path.db), got '{without_secret(uri)}'"
         )
     _quiet()
-    if scheme in ("http", "https"):
-        _answers(uri)
     if scheme == "sqlite":
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-    except MlflowException as error:
-        raise ValueError(f"MLflow at {without_secret(uri)} cannot be used: {first_line(error)}") from None
-    return client
+    return MlflowClient(tracking_uri=uri)
 
 
 def without_secret(uri: str) -> str:
@@ -63,14 +79,21 @@ def _quiet() -> None:
 
 
 def _answers(uri: str) -> None:
-    """Raises ValueError where no MLflow server answers."""
-    url = f"{uri.rstrip('/')}/health"
+    """Raises Away where no MLflow server answers, ValueError where it is one of another major version."""
+    import mlflow
+
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            answer.read(100)
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=10) as answer:
+            version = answer.read(100).decode(errors="replace").strip()
     except urllib.error.HTTPError as error:
         error.close()
-        raise ValueError(f"no MLflow server answers at {without_secret(uri)}: {error}") from None
+        raise Away(f"no MLflow server answers at {without_secret(uri)}: {error}") from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, OSError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"no MLflow server answers at {without_secret(uri)}: {reason}") from None
+        raise Away(f"no MLflow server answers at {without_secret(uri)}: {reason}") from None
+    ours = mlflow.__version__  # pyright: ignore[reportPrivateImportUsage]
+    if version.partition(".")[0] != ours.partition(".")[0]:
+        raise ValueError(
+            f"the MLflow server at {without_secret(uri)} says it is version {version[:40]!r}, this is a client of "
+            f"{ours}: it must be of the same major version"
+        )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
 
 SECTIONS = ("model", "objective", "training", "stream", "shard", "cluster")  # of the run file, as parameters
+RUN_FILE = "run.yaml"
 HIDDEN = ("url", "source", "address", "uri")  # keys that may hold a place or a name not meant for all
 
 
@@ -46,9 +47,20 @@ def git_commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def note(config: "RunConfig", manifest: "Manifest", run_id: str) -> str:
+    """What a person who opens the run's page is told first."""
+    counts = f"{manifest.split('train').total:,} training and {manifest.split('held_out').total:,} held-out images"
+    return (
+        f"Diffusion model `{config.name}` on {counts}, data version `{manifest.digest[:12]}`. Steps are images seen. "
+        f"Samples and losses against the noise level: the newest under Artifacts, `latest/`; all of them beside `loss` "
+        f"in the metrics.\n\nGo on with it: `python -m jobs.train --resume {run_id}`"
+    )
+
+
 def tags(config: "RunConfig", manifest: "Manifest") -> dict[str, str]:
     tags = {
-        "raydiffusion.run": config.name,
+        "mlflow.source.name": "jobs.train",
+        "mlflow.source.type": "LOCAL",
         "raydiffusion.data": manifest.digest,
         "output": without_secret(config.output),
     }
@@ -56,19 +68,27 @@ def tags(config: "RunConfig", manifest: "Manifest") -> dict[str, str]:
     return tags | ({} if commit is None else {"mlflow.source.git.commit": commit})
 
 
-def describe(client: "MlflowClient", run_id: str, config: "RunConfig", manifest: "Manifest") -> None:
-    """The data set and the run file."""
-    from mlflow.entities import Dataset, DatasetInput
-
-    from pipeline.config import to_yaml
+def log_data(client: "MlflowClient", run_id: str, config: "RunConfig", manifest: "Manifest") -> None:
+    """The shard set as an MLflow dataset with its digest."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
     counts = {split: manifest.split(split).total for split in ("train", "held_out")}
     profile = json.dumps({**counts, "classes": len(manifest.class_names), "digest": manifest.digest})
     source = json.dumps({"url": without_secret(manifest.url), "digest": manifest.digest})
     data = Dataset(config.name[:500], manifest.digest[:36], "shards", source, profile=profile)
-    client.log_inputs(run_id, [DatasetInput(data, [])])
-    shown = replace(config, tracking=replace(config.tracking, uri=without_secret(config.tracking.uri)))
-    client.log_text(run_id, to_yaml(shown), "run.yaml")
+    client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+
+def log_run_file(client: "MlflowClient", run_id: str, config: "RunConfig") -> None:
+    """The complete run file as it is now, without credentials, as the artifact run.yaml."""
+    from pipeline.config import to_yaml
+
+    client.log_text(run_id, to_yaml(without_credentials(config)), RUN_FILE)
+
+
+def without_credentials(config: "RunConfig") -> "RunConfig":
+    """The same run as others may see it."""
+    return replace(config, tracking=replace(config.tracking, uri=without_secret(config.tracking.uri)))
 
 
 def log_parameters(client: "MlflowClient", run_id: str, config: "RunConfig") -> None:

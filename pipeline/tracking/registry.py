@@ -5,6 +5,7 @@ MLflow stores the files of a model directory as they are (safetensors and JSON w
 nothing is pickled on the way in or out.
 """
 
+import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -174,5 +175,7 @@ def _create_name(client: MlflowClient, name: str) -> None:
 def _mlmodel(folder: str, model_id: str, run_id: str) -> None:
     """The MLmodel file: `mlflow.pyfunc.load_model` calls `_load_pyfunc` of the named module, and unpickles nothing."""
     description: Any = MLmodel(run_id=run_id or None, model_id=model_id)
-    description.add_flavor("python_function", loader_module="pipeline.tracking.flavor", python_version="3.11")
+    description.add_flavor(
+        "python_function", loader_module="pipeline.tracking.flavor", python_version=platform.python_version()
+    )
     description.save(str(Path(folder) / "MLmodel"))

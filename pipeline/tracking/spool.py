@@ -1,7 +1,9 @@
 """A local, append-only file between the training and a server that may be away."""
 
-import os
+import threading
 from pathlib import Path
+
+MOST_BYTES = 64 << 20  # of what was delivered already, before the file starts afresh
 
 
 class Spool:
@@ -10,16 +12,20 @@ class Spool:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115
-        self._file.seek(0, os.SEEK_END)
-        if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-            self._file.write(b"\n")  # a line that was cut off stays alone
-            self._file.flush()
+        self._lock = threading.Lock()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._cut = self._file.tell() > 0 and not path.read_bytes().endswith(b"\n")
         self._at = 0
 
     def append(self, line: str) -> None:
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        """Raises OSError where the disk is full; what was written of the line stays alone, a broken line."""
+        data = line.encode() + b"\n"
+        with self._lock:
+            before, self._cut = b"\n" if self._cut else b"", True
+            while before or data:
+                written = self._file.write(before + data)
+                before, data = b"", (before + data)[written:]
+            self._cut = False
 
     def take(self) -> list[str]:
         """The complete lines not yet taken."""
@@ -29,6 +35,13 @@ class Spool:
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
         return [line.decode(errors="replace") for line in whole.splitlines() if line]
+
+    def delivered(self) -> None:
+        """All that was taken has arrived: where it is much and nothing came since, the file starts afresh."""
+        with self._lock:
+            if self._at > MOST_BYTES and self._file.tell() == self._at:
+                self._file.truncate(0)
+                self._at = 0
 
     def close(self, delivered: bool) -> None:
         """Removes the file if everything in it was delivered."""

@@ -6,26 +6,23 @@
     STORE/step-000000200/state.json              step, identity of the run, guards with memory
     STORE/step-000000200/commit.json             written last: sha256 and size of each of the others, and its own
 
-A checkpoint without its commit record does not exist. Files are verified when they are read, and before an older
-checkpoint is removed for a newer one, so the newest one that can be read is never lost.
+A checkpoint without its commit record does not exist, and files are verified whenever they are read. On a local path
+every file, and every folder that got or lost a name, is on the disk before the record is.
 """
 
 import json
+import os
 import re
-import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from pipeline.data import storage
 
-VERSION = 1
+VERSION = 2
 COMMIT = "commit.json"
 STATE = "state.json"
 
@@ -46,6 +43,19 @@ class State:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a commit record says. images: seen at its step; bits_per_dim: held-out, where it was measured at that step;
+    both None in records of version 1. files: name -> sha256, bytes.
+    """
+
+    version: int
+    step: int
+    files: Mapping[str, Mapping[str, Any]]
+    images: int | None = None
+    bits_per_dim: float | None = None
+
+
 class Damaged(ValueError):
     """A committed checkpoint whose files are not what was committed."""
 
@@ -58,7 +68,8 @@ def folder(store: str, step: int) -> str:
 def write(store: str, state: State) -> str:
     """Writes and commits a checkpoint; returns its URL. One of the same step that is there loses its record first."""
     url = folder(store, state.step)
-    storage.delete(storage.join(url, COMMIT))
+    _make_folder(url)
+    remove_record(url)
     files: dict[str, dict[str, Any]] = {}
 
     def put(name: str, data: bytes) -> None:
@@ -66,9 +77,10 @@ def write(store: str, state: State) -> str:
         files[name] = {"sha256": storage.digest(data), "bytes": len(data)}
 
     for stem, tensors in state.tensors.items():
-        put(f"{stem}.safetensors", safetensors.torch.save(dict(tensors)))
+        put(f"{stem}.safetensors", safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}))
     put(STATE, _json({"step": state.step, "facts": dict(state.facts)}))
-    record = {"version": VERSION, "step": state.step, "files": files}
+    marks = {name: state.facts.get(name) for name in ("images", "bits_per_dim")}
+    record = {"version": VERSION, "step": state.step, "files": files, **marks}
     storage.write_bytes(storage.join(url, COMMIT), _json({**record, "sha256": storage.digest(_json(record))}))
     return url
 
@@ -80,26 +92,28 @@ def read(store: str, step: int) -> State:
         Damaged: a file is missing or not the one that was committed, or the record is of an unknown version.
         FileNotFoundError: there is no committed checkpoint of that step.
     """
-    url = folder(store, step)
     tensors: dict[str, dict[str, Tensor]] = {}
     facts: dict[str, Any] = {}
-    for name, data in _verified(url, step):
+    found = record(store, step)
+    for name, data in _verified(folder(store, step), found):
         if name.endswith(".safetensors"):
             tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
         else:
             facts = json.loads(data)["facts"]
+    for version in range(found.version, VERSION):
+        facts = MIGRATIONS[version](facts)
     return State(step, tensors, facts)
 
 
 def verify(store: str, step: int) -> None:
     """Reads a checkpoint and checks every digest; raises as `read`."""
-    for _ in _verified(folder(store, step), step):
+    for _ in _verified(folder(store, step), record(store, step)):
         pass
 
 
 def committed(store: str) -> list[int]:
     """Steps of the committed checkpoints, newest first, not verified."""
-    return sorted((step for step, names in _folders(store).items() if COMMIT in names), reverse=True)
+    return sorted((step for step, names in folders(store).items() if COMMIT in names), reverse=True)
 
 
 def newest(store: str, below: int | None = None) -> tuple[State | None, list[str]]:
@@ -115,27 +129,7 @@ def newest(store: str, below: int | None = None) -> tuple[State | None, list[str
     return None, rejected
 
 
-def prune(store: str, keep: int) -> None:
-    """Removes all but the newest `keep` committed checkpoints, and what cut-off saves left behind.
-
-    Nothing is removed unless the newest one verifies; commit records go first, so nothing half removed looks whole.
-    """
-    folders = _folders(store)
-    steps = sorted((step for step, names in folders.items() if COMMIT in names), reverse=True)
-    if not steps:
-        return
-    kept = set(steps[:keep])
-    doomed = [step for step in folders if step not in kept and step < steps[0]]
-    if not doomed:
-        return
-    verify(store, steps[0])
-    for step in sorted(doomed):
-        url = folder(store, step)
-        storage.delete(storage.join(url, COMMIT))
-        storage.delete_tree(url)
-
-
-def _folders(store: str) -> dict[int, set[str]]:
+def folders(store: str) -> dict[int, set[str]]:
     """step -> names of the files in its folder."""
     found: dict[int, set[str]] = {}
     for entry in storage.list_files(store):
@@ -150,25 +144,55 @@ def _json(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, indent=1, sort_keys=True).encode()
 
 
-def _record(url: str, step: int) -> dict[str, dict[str, Any]]:
-    """The files that a commit record names: name -> sha256, bytes."""
+def record(store: str, step: int) -> Record:
+    """The commit record of a step's checkpoint; raises as `read`."""
+    url = folder(store, step)
     data = storage.read_bytes(storage.join(url, COMMIT))
     try:
-        record = json.loads(data)
-        if record["version"] != VERSION:
-            raise Damaged(f"{url} has checkpoint version {record['version']}; this code reads {VERSION}")
-        if record.pop("sha256") != storage.digest(_json(record)) or record["step"] != step:
+        values = json.loads(data)
+        if not 1 <= values["version"] <= VERSION:
+            raise Damaged(f"{url} has checkpoint version {values['version']}; this code reads 1 to {VERSION}")
+        if values.pop("sha256") != storage.digest(_json(values)) or values["step"] != step:
             raise ValueError("its content is not what was written")
-        return record["files"]
+        return Record(**values)
     except Damaged:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{url}/{COMMIT} is damaged: {error}") from None
 
 
-def _verified(url: str, step: int) -> Iterator[tuple[str, bytes]]:
+def remove_record(url: str) -> None:
+    """Takes the commit record of a checkpoint away, and on a local path waits until it is gone from the disk."""
+    storage.delete(storage.join(url, COMMIT))
+    _sync(url)
+
+
+def _make_folder(url: str) -> None:
+    """On a local path, makes a checkpoint's folder so that it outlasts a power cut."""
+    path = storage.local_path(url)
+    if path is None:
+        return
+    path = path.absolute()
+    missing = [part for part in path.parents if not part.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for part in (*reversed(missing), path):
+        _sync(str(part.parent))
+
+
+def _sync(url: str) -> None:
+    path = storage.local_path(url)
+    if path is None or not path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _verified(url: str, found: Record) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every file, its digest checked, one at a time."""
-    for name, facts in _record(url, step).items():
+    for name, facts in found.files.items():
         try:
             data = storage.read_bytes(storage.join(url, name))
         except FileNotFoundError:
@@ -178,80 +202,12 @@ def _verified(url: str, step: int) -> Iterator[tuple[str, bytes]]:
         yield name, data
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a save ended: `failure` is None if it was committed.
-
-    wait_s: what the caller spent on it; write_s: what the background did.
-    """
-
-    step: int
-    url: str
-    wait_s: float
-    write_s: float
-    failure: str | None = None
+def _from_1(facts: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew one end of a training, and no guard with memory."""
+    ended = "budget" if facts.pop("finished") else None
+    new = {"seconds": 0.0, "bits_per_dim": None, "rollbacks": 0, "skip_steps": [], "guard": {"losses": [], "norms": []}}
+    return {**facts, **new, "ended": ended}
 
 
-class Saver:
-    """Saves in a thread of its own: the caller pays for one copy into buffers that are kept.
-
-    It waits where the save before is still being written.
-    """
-
-    def __init__(self, store: str, keep: int) -> None:
-        self.store, self.keep = store, keep
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._buffers: dict[str, dict[str, Tensor]] = {}
-        self._pending: Future[Outcome] | None = None
-        self._done: list[Outcome] = []
-
-    def save(self, state: State) -> None:
-        """Starts a save; waits first for the one before."""
-        start = time.perf_counter()
-        self.wait()
-        held = State(state.step, self._copied(state.tensors), state.facts)
-        wait_s = time.perf_counter() - start
-        self._pending = self._pool.submit(self._write, held, wait_s)
-
-    def outcomes(self, wait: bool = False) -> list[Outcome]:
-        """The saves that ended since the last call; with `wait` all that were started."""
-        if wait or (self._pending is not None and self._pending.done()):
-            self.wait()
-        done, self._done = self._done, []
-        return done
-
-    def wait(self) -> None:
-        """Until nothing is under way."""
-        if self._pending is not None:
-            self._done.append(self._pending.result())
-            self._pending = None
-
-    def close(self) -> None:
-        """Lets a save under way end."""
-        self.wait()
-        self._pool.shutdown()
-
-    @torch.no_grad()
-    def _copied(self, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-        on_device = False
-        for stem, group in tensors.items():
-            buffers = self._buffers.setdefault(stem, {})
-            for name, tensor in group.items():
-                buffer = buffers.get(name)
-                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffers[name] = buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                buffer.copy_(tensor, non_blocking=True)
-                on_device |= tensor.is_cuda
-        if on_device:
-            torch.cuda.synchronize()
-        return {stem: {name: self._buffers[stem][name] for name in group} for stem, group in tensors.items()}
-
-    def _write(self, state: State, wait_s: float) -> Outcome:
-        start = time.perf_counter()
-        url, failure = folder(self.store, state.step), None
-        try:
-            write(self.store, state)
-            prune(self.store, self.keep)
-        except (OSError, ValueError) as error:  # a full disk, an unreachable store: the run goes on and says so
-            failure = f"{type(error).__name__}: {error}"
-        return Outcome(state.step, url, wait_s, time.perf_counter() - start, failure)
+# version -> facts of that version -> those of the next
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}

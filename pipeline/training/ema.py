@@ -1,6 +1,8 @@
 """Exponential moving average of the weights, its half-life in images (Karras et al. 2022, appendix F.2)."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -39,6 +41,18 @@ class EMA(Generic[Network]):
             torch._foreach_lerp_(self._averages, self._sources, 1.0 - beta)  # pyright: ignore[reportPrivateImportUsage]
         for mine, theirs in self._buffers:
             mine.copy_(theirs)
+
+    @contextmanager
+    def showing_source(self) -> Iterator[Network]:
+        """Within the block `model` has the weights themselves, not their average; nothing is copied."""
+        averages = [mine.data for mine in self._averages]
+        try:
+            for mine, source in zip(self._averages, self._sources, strict=True):
+                mine.data = source.data
+            yield self.model
+        finally:
+            for mine, average in zip(self._averages, averages, strict=True):
+                mine.data = average
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.model.state_dict()

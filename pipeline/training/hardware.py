@@ -3,9 +3,12 @@ rate of products, a step's floating-point operations.
 """
 
 import ctypes
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from statistics import median
 from typing import Any
 
@@ -44,6 +47,31 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within the block torch takes algorithms that give the same bits every time, or refuses where it has none.
+
+    CUDA's workspace setting only counts where no product was made on the GPU before.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn: Any = torch.backends.cudnn
+    torchs: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    fill = torchs.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        torchs.fill_uninitialized_memory = False  # a pass over memory that nothing here reads before writing it
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+        torchs.fill_uninitialized_memory = fill
+
+
 def finish(device: torch.device) -> None:
     """Waits for the device's queue."""
     if device.type == "cuda":
@@ -62,6 +90,7 @@ def seconds(run: Callable[[], Any], device: torch.device, times: int = 3) -> flo
     return median(found[1:])
 
 
+@lru_cache
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of the best square matrix product: what a network could reach at most."""
     best = 0.0

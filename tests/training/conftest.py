@@ -1,5 +1,5 @@
-"""The S3 server of the data tests."""
+"""The S3 server and the small sets of the data tests."""
 
-from tests.data.conftest import s3_bucket, s3_server
+from tests.data.conftest import made, s3_bucket, s3_server
 
-__all__ = ["s3_bucket", "s3_server"]
+__all__ = ["made", "s3_bucket", "s3_server"]

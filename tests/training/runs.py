@@ -1,14 +1,11 @@
-"""Small real trainings for the tests, in this process or in fresh ones.
-
-`python -m tests.training.runs '{"store": ..., "images": ...}'` runs one rank and prints its events as JSON lines.
-"""
+"""Small real trainings for the tests, in this process or in fresh ones."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from pipeline import backbones
 from pipeline.data import storage
 from pipeline.data.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.objective import OBJECTIVES, DiscreteVLB, Objective
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.randomness import keyed_generator
 from pipeline.diffusion.schedule import SCHEDULES
@@ -28,7 +25,8 @@ from pipeline.training import events as say
 from pipeline.training.loop import Hooks, Task, TrainingConfig, train
 from pipeline.training.step import Place
 
-ROOT = Path(__file__).parent.parent.parent
+PROCESSES = multiprocessing.get_context("forkserver")  # a clean process that has imported everything forks the ranks
+PROCESSES.set_forkserver_preload(["pytest", "tests.training.runs"])
 BATCH, SHARDS, SIZE, CLASSES = 12, 4, 8, 3
 
 PLAIN = {
@@ -105,7 +103,7 @@ def task(
     return Task(
         config=TrainingConfig(**{**PLAIN, **over}),
         denoiser=denoiser(width, schedule),
-        objective=OBJECTIVES[objective](),
+        objective=_objective(objective),
         classes=CLASSES,
         open_batches=lambda step: Scans(step, place.shards(SHARDS)),
         batch_size=BATCH,
@@ -118,51 +116,66 @@ def task(
     )
 
 
+def _objective(name: str) -> Objective:
+    """One of OBJECTIVES, or 'importance': levels drawn by the losses that were seen."""
+    return DiscreteVLB(importance=True) if name == "importance" else OBJECTIVES[name]()
+
+
 def losses(events: list[say.Event]) -> list[float]:
     return [event.metrics["loss"] for event in events if isinstance(event, say.Step)]
 
 
-def spawn(store: str, world: int = 1, **over: Any) -> list[list[say.Event]]:
-    """A training in `world` fresh processes; the events of each rank."""
-    meeting = f"{store}-meeting-{os.urandom(4).hex()}"
-    given = {"store": store, "world": world, "meeting": meeting, **over}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.runs", json.dumps({**given, "rank": rank})],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+def in_group(meeting: str, world: int, function: Callable[..., Any], *given: Any) -> list[str]:
+    """`function(place, say, *given)` on `world` fresh processes that can talk; the lines that each rank said.
+
+    A rank that fails says why and ends with exit code 1.
+    """
+    meeting = f"{meeting}-meeting-{os.urandom(4).hex()}"
+    ranks = [PROCESSES.Process(target=_rank, args=(meeting, rank, world, function, given)) for rank in range(world)]
+    for process in ranks:
+        process.start()
     try:
-        outputs = [process.communicate(timeout=240) for process in processes]
+        for process in ranks:
+            process.join(timeout=240)
     finally:
-        for process in processes:
+        for process in ranks:
             process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == (-signal.SIGKILL if "die_after" in over else 0), errors
-    return [[say.decode(line) for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
+    said = [Path(f"{meeting}-{rank}").read_text() for rank in range(world)]
+    codes = [process.exitcode for process in ranks]
+    if codes[0] == -signal.SIGKILL:  # as asked; the others fail for it
+        assert 0 not in codes[1:], said
+    else:
+        assert codes == [0] * world, said
+    return said
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    rank, world = options.pop("rank", 0), options.pop("world", 1)
-    meeting, store = options.pop("meeting", ""), options.pop("store")
-    die_after = options.pop("die_after", None)  # step: SIGKILL ourselves once its checkpoint is committed
+def _rank(meeting: str, rank: int, world: int, function: Callable[..., Any], given: Sequence[Any]) -> None:
     torch.set_num_threads(1)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    for event in train(task(store, Place(rank, world), **options)):
-        print(say.encode(event), flush=True)
+    with open(f"{meeting}-{rank}", "w", buffering=1) as said:
+        try:
+            if world > 1:
+                method = f"file://{meeting}"
+                torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=world)
+            function(Place(rank, world), lambda line: said.write(line + "\n"), *given)
+            if world > 1:
+                torch.distributed.destroy_process_group()
+        except BaseException:
+            said.write(traceback.format_exc())
+            os._exit(1)
+
+
+def spawn(store: str, world: int = 1, **over: Any) -> list[list[say.Event]]:
+    """A training in `world` fresh processes; the events of each rank.
+
+    die_after: step; rank 0 is killed by SIGKILL once its checkpoint is committed.
+    """
+    said = in_group(store, world, _training, store, over)
+    return [[say.decode(line) for line in out.splitlines() if line.startswith("{")] for out in said]
+
+
+def _training(place: Place, tell: Callable[[str], Any], store: str, over: dict[str, Any]) -> None:
+    die_after = over.pop("die_after", None)
+    for event in train(task(store, place, **over)):
+        tell(say.encode(event))
         if die_after is not None and isinstance(event, say.CheckpointSaved) and event.step == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
-    if world > 1:
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,15 @@
 """The loop: what it says, that it goes on bit for bit, that workers do not change it, and what it refuses."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
 import torch
 
+from pipeline.data import storage
 from pipeline.data.stream import Batch
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
@@ -15,9 +18,11 @@ from pipeline.diffusion.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training import checkpoint
 from pipeline.training import events as say
-from pipeline.training.loop import Diverged, Hooks, RunError, TrainingConfig, train
+from pipeline.training.config import TrainingConfig
+from pipeline.training.loop import Diverged, RunError, train
 from pipeline.training.step import Place
-from tests.training.runs import BATCH, SHARDS, digests, losses, spawn, task
+from pipeline.training.task import HeldOut, Hooks, Task
+from tests.training.runs import BATCH, SHARDS, Scans, digests, losses, spawn, task
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +31,12 @@ def _one_thread() -> None:
 
 
 Kind = TypeVar("Kind", bound=say.Event)
+
+
+def held_out(bits: list[float]) -> HeldOut:
+    """Made-up scores, every image asked at one level."""
+    values = torch.tensor(bits, dtype=torch.float64)
+    return HeldOut(values, torch.zeros(len(bits), 1, dtype=torch.float64), values[:, None])
 
 
 def kinds(events: list[say.Event], wanted: type[Kind]) -> list[Kind]:
@@ -44,6 +55,17 @@ def test_40_steps_equal_20_and_a_fresh_process_and_20(tmp_path: Path) -> None:
     assert losses(whole)[20:] == losses(rest)
     assert digests(str(tmp_path / "whole"), 40) == digests(halves, 40)
     assert set(digests(halves, 40)) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+
+
+def test_images_that_others_stand_in_for_are_counted(tmp_path: Path) -> None:
+    class Damaged(Scans):
+        def __next__(self) -> Batch:
+            batch = super().__next__()
+            return replace(batch, lost=(7, 9)) if (batch.step, batch.logical_shard) == (3, 1) else batch
+
+    whole = task(str(tmp_path), images=6 * BATCH, log_every_images=2 * BATCH)
+    events = list(train(replace(whole, open_batches=lambda step: Damaged(step, [0, 1, 2, 3]))))
+    assert [event.metrics.get("lost_images", 0) for event in kinds(events, say.Step)] == [0, 2, 0]
 
 
 def test_workers_do_not_change_the_losses(tmp_path: Path) -> None:
@@ -97,9 +119,9 @@ def test_stop_saves_and_the_run_goes_on(tmp_path: Path) -> None:
 def test_events_come_at_multiples_of_images(tmp_path: Path) -> None:
     seen: list[bool] = []
 
-    def evaluate(denoiser: Denoiser, place: Place) -> torch.Tensor:
+    def evaluate(denoiser: Denoiser, place: Place) -> HeldOut:
         seen.append(denoiser.training or any(p.requires_grad for p in denoiser.parameters()))
-        return torch.tensor([1.0, 2.0, 3.0, 6.0])
+        return held_out([1.0, 2.0, 3.0, 6.0])
 
     hooks = Hooks(evaluate, lambda denoiser: torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
     every: dict[str, Any] = {
@@ -114,13 +136,61 @@ def test_events_come_at_multiples_of_images(tmp_path: Path) -> None:
     assert [event.step for event in kinds(events, say.CheckpointBegun)] == [3, 6, 7]
     assert [event.step for event in kinds(events, say.CheckpointSaved)] == [3, 6, 7]
     assert [event.step for event in kinds(events, say.Step)] == [2, 4, 6, 7]
-    assert seen == [False] * 3
+    assert [event.step for event in kinds(events, say.Curve)] == [3, 5, 7]
+    assert seen == [False] * 6  # the EMA and the weights themselves
     metrics = kinds(events, say.Evaluated)[0].metrics
     assert metrics["held_out/bits_per_dim"] == 3.0
     assert metrics["held_out/standard_error"] == pytest.approx(torch.tensor([1.0, 2.0, 3.0, 6.0]).std().item() / 2)
     assert {"loss", "grad_norm", "learning_rate", "images_per_s", "data_wait"} <= set(
         kinds(events, say.Step)[0].metrics
     )
+
+
+def test_the_weights_themselves_are_looked_at_beside_their_average(tmp_path: Path) -> None:
+    made: list[Task] = []
+
+    def scale(denoiser: Denoiser) -> float:
+        return sum(float(p.abs().sum()) for p in denoiser.parameters())
+
+    def evaluate(denoiser: Denoiser, place: Place) -> HeldOut:
+        return held_out([scale(denoiser)] * 2)
+
+    hooks = Hooks(evaluate, lambda denoiser: torch.full((1, 1, 8, 8), int(scale(denoiser)) % 256).byte())
+    made.append(task(str(tmp_path), hooks=hooks, images=4 * BATCH, sample_raw=True))
+    events = list(train(made[0]))
+    kept = checkpoint.read(str(tmp_path), 4).tensors
+    (evaluated,) = kinds(events, say.Evaluated)
+    grids = {event.weights: event.pixels for event in kinds(events, say.Samples)}
+    for weights, stem, key in (("ema", "ema", "held_out/bits_per_dim"), ("raw", "model", "held_out/raw_bits_per_dim")):
+        names = dict(made[0].denoiser.named_parameters())
+        expected = sum(float(kept[stem][name].abs().sum()) for name in names)
+        assert evaluated.metrics[key] == pytest.approx(expected, rel=1e-6)
+        assert int(grids[weights][0, 0, 0, 0]) == int(expected) % 256
+    assert evaluated.metrics["held_out/bits_per_dim"] != evaluated.metrics["held_out/raw_bits_per_dim"]
+    (curve,) = kinds(events, say.Curve)
+    assert len(curve.edges) == 17
+    assert len(curve.held_out) == len(curve.raw) == len(curve.training) == 16
+    assert curve.held_out[0] is None or curve.held_out[-1] is None, "all levels were one"
+    assert sum(loss is not None for loss in curve.training) > 4
+
+
+def test_a_checkpoint_of_version_1_is_gone_on_from(tmp_path: Path) -> None:
+    """Rewritten as that version wrote it: the same weights at the end."""
+    whole, store = str(tmp_path / "whole"), str(tmp_path / "old")
+    list(train(task(whole, images=5 * BATCH)))
+    list(train(task(store, images=5 * BATCH, max_steps=3)))
+    url = Path(checkpoint.folder(store, 3))
+    facts = json.loads((url / "state.json").read_text())["facts"]
+    facts = {name: facts[name] for name in ("identity", "images", "skipped", "skipped_in_a_row")} | {"finished": False}
+    (url / "state.json").write_text(json.dumps({"step": 3, "facts": facts}, indent=1, sort_keys=True))
+    record: dict[str, Any] = {"version": 1, "step": 3, "files": json.loads((url / "commit.json").read_text())["files"]}
+    data = (url / "state.json").read_bytes()
+    record["files"]["state.json"] = {"sha256": storage.digest(data), "bytes": len(data)}
+    record["sha256"] = storage.digest(json.dumps(record, indent=1, sort_keys=True).encode())
+    (url / "commit.json").write_text(json.dumps(record, indent=1, sort_keys=True))
+    rest = list(train(task(store, images=5 * BATCH)))
+    assert rest[0].step == 3
+    assert digests(store, 5) == digests(whole, 5)
 
 
 def test_a_learned_schedule_is_trained_and_averaged(tmp_path: Path) -> None:
@@ -163,7 +233,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, what: str) 
     events: list[say.Event] = []
     for event in train(made):
         events.append(event)
-        if isinstance(event, say.Step):
+        if isinstance(event, say.Step | say.Skipped):
             weights.append(torch.cat([p.detach().flatten() for p in made.denoiser.parameters()]))
     assert poisoned.hits == 1
     (skipped,) = kinds(events, say.Skipped)
@@ -181,7 +251,8 @@ def test_too_many_bad_steps_stop_the_run(tmp_path: Path) -> None:
     poisoned = Poisoned({(step, 3) for step in range(2, 9)}, "loss")
     made = made.__class__(**{**vars(made), "objective": poisoned})
     with pytest.raises(
-        Diverged, match=r"3 steps in a row .* step 5: loss not finite; in logical shard 3 \(rank 0\), gamma"
+        Diverged,
+        match=r"3 steps in a row .* step 5: loss not finite; in logical shard 3 \(rank 0\), gamma",
     ):
         list(train(made))
 
@@ -253,7 +324,7 @@ def test_bad_values_are_named(over: dict[str, float], message: str) -> None:
 
 
 def test_events_survive_their_json_line(tmp_path: Path) -> None:
-    hooks = Hooks(lambda denoiser, place: torch.ones(3), lambda denoiser: torch.randint(256, (2, 1, 8, 8)).byte())
+    hooks = Hooks(lambda denoiser, place: held_out([1.0] * 3), lambda denoiser: torch.randint(256, (2, 1, 8, 8)).byte())
     for event in train(task(str(tmp_path), hooks=hooks, images=2 * BATCH)):
         again = say.decode(say.encode(event))
         assert type(again) is type(event)

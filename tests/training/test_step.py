@@ -10,7 +10,6 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import backbones
@@ -21,6 +20,7 @@ from pipeline.training import events as say
 from pipeline.training import hardware
 from pipeline.training.loop import train
 from pipeline.training.prepare import blocks, checkpoint_blocks, compile_blocks, laid_out
+from pipeline.training.reduction import DDP
 from pipeline.training.step import Place, TrainingModule, backward
 from tests.training.runs import BATCH, CLASSES, SHARDS, batch_of, denoiser, losses, task
 
@@ -40,7 +40,7 @@ def test_accumulated_gradients_meet_once(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         module = TrainingModule(denoiser().train(), OBJECTIVES["weighted"](), CLASSES)
-        ddp = DistributedDataParallel(module)
+        reduction = DDP(module, Place())
         reduced: list[Tensor] = []
 
         def hook(_state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -49,11 +49,11 @@ def test_accumulated_gradients_meet_once(tmp_path: Path) -> None:
             done.set_result(bucket.buffer())
             return done
 
-        ddp.register_comm_hook(None, hook)
+        reduction.ddp.register_comm_hook(None, hook)
         keys = [StepKey(0, 0, shard, 3) for shard in range(3)]
         batches = [batch_of(0, shard) for shard in range(3)]
-        backward(ddp, batches, keys, Place())
-        buckets = len(reduced)
+        reduction.backward(batches, keys)
+        buckets = len(reduced) - 2  # two throwaway backwards of one shard settle the buckets
         together = [p.grad.clone() for p in module.parameters() if p.grad is not None]
         module.zero_grad(set_to_none=True)
         for batch, key in zip(batches, keys, strict=True):
@@ -141,6 +141,19 @@ def test_computing_blocks_twice_changes_no_loss(tmp_path: Path) -> None:
     twice = losses(list(train(task(str(tmp_path / "b"), images=3 * BATCH, checkpoint_activations=True))))
     assert plain == twice
     assert SHARDS > 1
+
+
+@pytest.mark.slow  # torch imports its compiler for it
+def test_deterministic_algorithms_are_asked_for_while_training_and_change_no_bit_here(tmp_path: Path) -> None:
+    plain = losses(list(train(task(str(tmp_path / "a"), images=3 * BATCH))))
+    asked: list[bool] = []
+    events: list[say.Event] = []
+    for event in train(task(str(tmp_path / "b"), images=3 * BATCH, deterministic=True)):
+        events.append(event)
+        asked.append(torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic)
+    assert all(asked)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert losses(events) == plain
 
 
 FAULTS = """

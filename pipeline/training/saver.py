@@ -1,0 +1,105 @@
+"""Saving in the background: the training pays for one copy of its state."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.data import storage
+from pipeline.training.checkpoint import State, Tensors, folder, write
+from pipeline.training.retention import Keep, prune
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended: committed or not, and what went wrong (with it, or where it was, with removing older ones).
+
+    wait_s: what the caller spent on it; write_s: what the background did.
+    """
+
+    step: int
+    url: str
+    committed: bool
+    wait_s: float
+    write_s: float
+    failure: str | None = None
+
+
+class Saver:
+    """Saves in a thread of its own: the caller pays for one copy into buffers that are kept.
+
+    It waits where the save before is still being written.
+    """
+
+    def __init__(self, store: str, keep: Keep) -> None:
+        self.store, self.keep = store, keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._pending: Future[Outcome] | None = None
+        self._done: list[Outcome] = []
+
+    def save(self, state: State) -> None:
+        """Starts a save; waits first for the one before."""
+        start = time.perf_counter()
+        self.wait()
+        held = State(state.step, self.reserve(state.tensors), state.facts)
+        wait_s = time.perf_counter() - start
+        self._pending = self._pool.submit(self._write, held, wait_s)
+
+    def outcomes(self, wait: bool = False) -> list[Outcome]:
+        """The saves that ended since the last call; with `wait` all that were started."""
+        if wait or (self._pending is not None and self._pending.done()):
+            self.wait()
+        done, self._done = self._done, []
+        return done
+
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        if self._pending is not None:
+            self._done.append(self._pending.result())
+            self._pending = None
+
+    def close(self) -> None:
+        """Lets a save under way end."""
+        self.wait()
+        self._pool.shutdown()
+
+    @torch.no_grad()
+    def reserve(self, tensors: Tensors) -> Tensors:
+        """The tensors copied into buffers of the host. These are made at the first call: made early, no save waits for
+        them.
+        """
+        on_device = False
+        for stem, group in tensors.items():
+            buffers = self._buffers.setdefault(stem, {})
+            for name, tensor in group.items():
+                buffer = buffers.get(name)
+                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                    buffers[name] = buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                buffer.copy_(tensor, non_blocking=True)
+                on_device |= tensor.is_cuda
+        if on_device:
+            torch.cuda.synchronize()
+        return {stem: {name: self._buffers[stem][name] for name in group} for stem, group in tensors.items()}
+
+    def _write(self, state: State, wait_s: float) -> Outcome:
+        start = time.perf_counter()
+        url, committed, failure = folder(self.store, state.step), False, None
+        try:
+            write(self.store, state)
+            committed = True
+            prune(self.store, self.keep)
+        except (OSError, ValueError, MemoryError) as error:  # a full disk, an unreachable store: the run says so
+            failure = f"{type(error).__name__}: {error}"
+            if not committed:
+                self._clear(url)
+        return Outcome(state.step, url, committed, wait_s, time.perf_counter() - start, failure)
+
+    def _clear(self, url: str) -> None:
+        """Gives back the room that a failed save took; where that fails too, the next pruning does it."""
+        try:
+            storage.delete_tree(url)
+        except OSError:
+            return

@@ -55,6 +55,14 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"pipeline.data", "pipeline.evaluation", "pipeline.model", "pipeline.serving", "pipeline.training"},
         {"pydantic", "omegaconf", "yaml"},
     ),
+    "pipeline/preflight.py": (
+        {"pipeline.assembly", "pipeline.config", "pipeline.data", "pipeline.tracking", "pipeline.training"},
+        set(),
+    ),
+    "pipeline/resume.py": (
+        {"pipeline.assembly", "pipeline.config", "pipeline.data", "pipeline.tracking"},
+        set(),
+    ),
 }
 ONLY_HOME = {"ray": "pipeline/cluster", "mlflow": "pipeline/tracking"}
 

@@ -39,6 +39,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.model"},
         {"torch", "numpy", "pydantic"},
     ),
+    "pipeline/web": ({"pipeline.serving"}, {"fastapi", "starlette", "pydantic"}),
     "pipeline/assembly.py": (
         {
             "pipeline.choose",

@@ -35,6 +35,7 @@ from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.serving.engine import Engine
 
 BAR = 0.9
+MIB = 1 << 20
 NETWORKS: dict[str, tuple[UNetConfig, int, int]] = {  # configuration, size, channels
     "ddpm_cifar10": (DDPM_CIFAR10, 32, 3),
     "ddpmpp_cifar10": (replace(DDPMPP_CIFAR10, augmentation_labels=0), 32, 3),
@@ -210,6 +211,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _costs(warm: dict[str, float], held: dict[str, Any]) -> str:
+    calls = f"the first network call {warm['first_s']:.3f} s, the second {warm['second_s']:.3f} s"
+    taken = held.get("allocated_bytes", held["models"] * held["weights_bytes_each"])
+    each = f"{held['weights_bytes_each'] / MIB:.1f} MiB of weights each"
+    return f"{calls}, later ones {warm['later_s']:.4f} s\n{held['models']} models: {taken / MIB:.1f} MiB, {each}"
+
+
 def main(argv: list[str]) -> int:
     """1 where the bar is missed on a GPU, else 0. Raises ValueError, OSError for what a user can mend."""
     args = _parser().parse_args(argv)
@@ -231,7 +239,7 @@ def main(argv: list[str]) -> int:
     record["memory"] = memory(args.network, device, dtype, args.models)
     contest = Contest(denoiser(args.network, device, dtype, args.path), (channels, size, size), args.steps, device)
     record["warm_up"] = warm_up(contest, max(live))
-    print(f"warm-up {record['warm_up']}, memory {record['memory']}")
+    print(_costs(record["warm_up"], record["memory"]))
     print(f"{'live':>5} {'engine rows/s':>14} {'loop rows/s':>14} {'ratio':>7}", flush=True)
     rows: list[dict[str, Any]] = []
     for count in live:

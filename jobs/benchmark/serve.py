@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
-GENERATE = "/v1/images/generations"
+GENERATE = "v1/images/generations"
 LOADS = "0.25,0.5,0.75,0.9,1,2"
 TIMEOUT_S = 600.0
 REFUSALS = (429, 503)
@@ -79,18 +79,19 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else math.nan
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> Answered:
+async def ask(client: aiohttp.ClientSession, body: dict[str, Any], due: float) -> Answered:
     """One request; `due` by time.perf_counter."""
     try:
-        answer = await client.post(GENERATE, json=body)
-    except httpx.HTTPError:
+        async with client.post(GENERATE, json=body) as answer:
+            told = await answer.read()
+    except (aiohttp.ClientError, TimeoutError):
         return Answered(0, time.perf_counter() - due, 0)
-    rows = int(answer.json()["row_evaluations"]) if answer.status_code == 200 else 0
-    return Answered(answer.status_code, time.perf_counter() - due, rows)
+    seconds = time.perf_counter() - due
+    return Answered(answer.status, seconds, int(json.loads(told)["row_evaluations"]) if answer.status == 200 else 0)
 
 
 async def closed_loop(
-    client: httpx.AsyncClient, traffic: Traffic, seconds: float, live: int, progress: Progress
+    client: aiohttp.ClientSession, traffic: Traffic, seconds: float, live: int, progress: Progress
 ) -> tuple[float, float]:
     """Rows and requests a second with `live` requests at any time; those that begin and end within the seconds count.
 
@@ -121,7 +122,7 @@ async def closed_loop(
 
 
 async def open_loop(
-    client: httpx.AsyncClient,
+    client: aiohttp.ClientSession,
     traffic: Traffic,
     rate: float,
     seconds: float,
@@ -161,12 +162,18 @@ def row(share: float, rate: float, seconds: float, answers: Sequence[Answered]) 
     )
 
 
-def client_of(url: str) -> httpx.AsyncClient:
-    """As many connections as are asked for, the key of the environment."""
+def client_of(url: str) -> aiohttp.ClientSession:
+    """As many connections as are asked for, the key of the environment; to be made where an event loop runs.
+
+    Raises:
+        ValueError: not the URL of an endpoint.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"the URL of an endpoint starts with http:// or https://, got '{url}'")
     key = os.environ.get("RAYDIFFUSION_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT_S, limits=limits)
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=TIMEOUT_S)
+    return aiohttp.ClientSession(f"{url.rstrip('/')}/", headers=headers, timeout=timeout, connector=connector)
 
 
 async def measure(
@@ -200,14 +207,15 @@ async def measure(
     }
 
 
-async def _models(client: httpx.AsyncClient, url: str) -> list[str]:
+async def _models(client: aiohttp.ClientSession, url: str) -> list[str]:
     try:
-        answer = await client.get("/v1/models")
-    except httpx.HTTPError as error:
+        async with client.get("v1/models") as answer:
+            told = await answer.text()
+    except (aiohttp.ClientError, TimeoutError) as error:
         raise ValueError(f"no endpoint answers at {url}: {error}") from error
-    if answer.status_code != 200:
-        raise ValueError(f"{url}/v1/models answers {answer.status_code}: {answer.text[:200]}")
-    return [entry["id"] for entry in answer.json()["data"]]
+    if answer.status != 200:
+        raise ValueError(f"{url}/v1/models answers {answer.status}: {told[:200]}")
+    return [entry["id"] for entry in json.loads(told)["data"]]
 
 
 def sizing(record: dict[str, Any], p95_s: float | None) -> str:

@@ -15,7 +15,8 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from pipeline.cluster.monitoring import IngressMetrics
 from pipeline.cluster.replica import Pinned, pin
-from pipeline.serving.requests import Refused, ServingConfig, unknown_model
+from pipeline.serving.config import ServingConfig
+from pipeline.serving.refusals import Refused, unknown_model
 
 log = logging.getLogger("raydiffusion.serving")
 
@@ -116,7 +117,7 @@ class Fleet:
         raise unknown_model(name, [each.identity.id for each in self.pinned.values()])
 
     def _entry(self, pinned: Pinned) -> dict[str, Any]:
-        return {**pinned.identity.entry(created=0), "rejected_version": self.rejected.get(pinned.source)}
+        return {**pinned.identity.entry(), "rejected_version": self.rejected.get(pinned.source)}
 
     # --- following the registry ---------------------------------------------------------------------------------------
 

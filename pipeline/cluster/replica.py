@@ -12,8 +12,9 @@ import pipeline
 from pipeline.cluster import monitoring
 from pipeline.data import storage
 from pipeline.serving import logs
-from pipeline.serving.requests import Refused, ServingConfig
-from pipeline.serving.service import Identity, Service, refused
+from pipeline.serving.config import ServingConfig
+from pipeline.serving.refusals import Refused, refused
+from pipeline.serving.service import Identity, Service
 from pipeline.serving.shelf import Shelf
 
 log = logging.getLogger("raydiffusion.serving")

@@ -16,20 +16,21 @@ import ray
 from ray import cloudpickle, serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from pipeline.cluster import autoscaling, monitoring
 from pipeline.cluster.fleet import ATTEMPTS, Fleet
-from pipeline.cluster.http import make_app
 from pipeline.cluster.replica import Pinned, Replica, pin
 from pipeline.serving import logs
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.ports import free_port, is_free
-from pipeline.serving.requests import ServingConfig
+from pipeline.web.app import make_app
 
 log = logging.getLogger("raydiffusion.serving")
 
 APPLICATION = "raydiffusion"
 ONGOING_REQUESTS = 512  # that may be with a replica; its engine has the real budget, in cost
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 180.0
 AUTOSCALING_WINDOW_S = 15.0
 
 
@@ -111,7 +112,8 @@ def _sources(config: ServingConfig) -> list[str]:
 
 
 def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
-    """Serve `config.model` on the Ray cluster this process is connected to; returns the URL once a replica is ready.
+    """Serve `config.model` on the Ray cluster this process is connected to; returns the URL once a replica is ready, or
+    with no `min_replicas` the ingress.
 
     Raises:
         ValueError: no such model, a failed self-test, or a port that is taken.
@@ -133,7 +135,7 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
         raise ValueError(f"the endpoint did not start: {_cause(error)}") from error
     shown = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{shown}:{port}"
-    _wait_until_ready(url)
+    _wait_until_answers(f"{url}/{'readyz' if config.min_replicas else 'healthz'}")
     return url
 
 
@@ -154,12 +156,16 @@ def status(timeout_s: float = 30.0) -> list[dict[str, Any]]:
     """Of each replica that lives: its process, and the models it holds with their engines' load.
 
     Raises:
-        ValueError: nothing is served.
+        ValueError: nothing is served, or not yet.
     """
     if not _serve_runs() or APPLICATION not in serve.status().applications:
         raise ValueError("nothing is served on this cluster: start it with jobs.serve")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     handle: Any = serve.get_deployment_handle("engine", APPLICATION)
-    answers = handle.broadcast("status").results(timeout_s=timeout_s, return_exceptions=True)
+    try:
+        answers = handle.broadcast("status").results(timeout_s=timeout_s, return_exceptions=True)
+    except DeploymentUnavailableError:
+        raise ValueError("the endpoint has no replica that is ready: `serve status` tells how far it is") from None
     for answer in answers:
         if isinstance(answer, Exception) and not isinstance(answer, RayActorError):
             raise answer
@@ -197,13 +203,13 @@ def _cause(error: RuntimeError) -> str:
     return (told or lines or [str(error)])[-1]
 
 
-def _wait_until_ready(url: str) -> None:
+def _wait_until_answers(url: str) -> None:
     end = time.monotonic() + READY_TIMEOUT_S
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+            with urllib.request.urlopen(url, timeout=30):
                 return
         except OSError as error:
             if time.monotonic() > end:
-                raise ValueError(f"the endpoint at {url} does not answer: {error}") from error
+                raise ValueError(f"{url} does not answer: {error}") from error
             time.sleep(0.1)

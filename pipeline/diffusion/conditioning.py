@@ -25,6 +25,11 @@ class Conditioning:
         """The rows of a sub-batch."""
         return self._each(lambda t: t[rows])
 
+    @property
+    def told(self) -> tuple[bool, ...]:
+        """Of each field whether the batch has it: only those that agree in it can be joined."""
+        return self.label is not None, self.augmentation is not None
+
     def unconditional(self) -> "Conditioning":
         """The same rows with nothing asked of them (classifier-free guidance, Ho & Salimans 2022)."""
         return replace(self, label=None if self.label is None else torch.full_like(self.label, NO_LABEL))

@@ -1,7 +1,7 @@
 """The hub: a network, a schedule and a parameterization together say "x_hat at (y, gamma)"."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,8 +98,12 @@ class Process:
             )
 
 
-class SharedLevel(NamedTuple):
-    """What a level says to a whole batch: x_hat = c_skip y + c_out F(c_in y, level); level None: ask the schedule."""
+Shared = float | Sequence[float | None] | None  # see Denoiser.forward
+LEVELS_KEPT = 4096
+
+
+class LevelCoefficients(NamedTuple):
+    """What a level says: x_hat = c_skip y + c_out F(c_in y, level); level None: ask the schedule, which learns."""
 
     c_in: float
     c_skip: float
@@ -137,7 +141,7 @@ class Denoiser(nn.Module):
         self.network_input = choose(INPUTS, network_input, "network input")
         self.learned_variance = learned_variance
         self.dtype = dtype
-        self._shared: dict[float, SharedLevel] = {}
+        self._kept: dict[float, LevelCoefficients] = {}
 
     @property
     def process(self) -> Process:
@@ -145,16 +149,19 @@ class Denoiser(nn.Module):
         scaling = self.parameterization.scaling
         return Process(scaling, low, high, prior_variance(scaling, high))
 
-    def forward(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def forward(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: Shared = None) -> Prediction:
         """y (n, ...) in coordinates where alpha = 1, gamma (n,). Coefficients are computed in float64.
 
-        shared: the value of all rows of gamma, where the caller knows that they are one: coefficients are then Python
-        floats, computed once a level. Equal to the row-wise form up to rounding.
+        shared: what the caller knows gamma to be as a number, of all rows or of each (None where it does not): these
+        coefficients are computed once a level and looked up. A row of many has the floats that it has without; one
+        number for all rows is equal to them up to rounding, and faster.
         """
-        if shared is not None:
+        if isinstance(shared, float | int):
             return self._at_shared_level(y, gamma, conditioning, shared)
-        output, variance = self._split(self.raw(y, gamma, conditioning))
-        c_skip, c_out = self.parameterization.decode(gamma.double())
+        rows = self._coefficients(gamma.double()) if shared is None else self._looked_up(gamma, shared).unbind(1)
+        c_in, c_skip, c_out, level = rows
+        output = self.network((shaped(c_in, y) * y).to(self.dtype), level.to(self.dtype), conditioning)
+        output, variance = self._split(output)
         x_hat = torch.addcmul(shaped(c_skip, y) * y, shaped(c_out, y), output.to(y.dtype))
         return Prediction(x_hat, variance)
 
@@ -165,21 +172,38 @@ class Denoiser(nn.Module):
         prediction, variance = output.chunk(2, dim=1)
         return prediction, variance
 
-    def _coefficients(self, gamma: float) -> SharedLevel:
+    def _coefficients(self, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_in, c_skip, c_out and what the network is told of the level, each (n,)."""
+        c_in, (c_skip, c_out) = self.network_input(self.parameterization, gamma), self.parameterization.decode(gamma)
+        return c_in, c_skip, c_out, self.level(self.schedule, gamma)
+
+    def _at_level(self, gamma: float) -> LevelCoefficients:
         """Kept, but for what depends on a schedule that learns."""
-        if gamma in self._shared:
-            return self._shared[gamma]
+        if gamma in self._kept:
+            return self._kept[gamma]
         value = torch.tensor([gamma], dtype=torch.float64)
-        c_skip, c_out = self.parameterization.decode(value)
-        c_in = self.network_input(self.parameterization, value)
-        learns = isinstance(self.schedule, nn.Module)
-        level = None if learns else float(self.level(self.schedule, value))
-        if len(self._shared) >= 4096:
-            self._shared.clear()
-        return self._shared.setdefault(gamma, SharedLevel(float(c_in), float(c_skip), float(c_out), level))
+        c_in, (c_skip, c_out) = self.network_input(self.parameterization, value), self.parameterization.decode(value)
+        level = None if isinstance(self.schedule, nn.Module) else float(self.level(self.schedule, value))
+        if len(self._kept) >= LEVELS_KEPT:
+            self._kept.clear()
+        return self._kept.setdefault(gamma, LevelCoefficients(float(c_in), float(c_skip), float(c_out), level))
+
+    def _looked_up(self, gamma: Tensor, known: Sequence[float | None]) -> Tensor:
+        """`_coefficients`, float64 (n, 4). A known level is always looked up: in a vector of levels the last bit of a
+        function may depend on the place.
+        """
+        found = [None if value is None else self._at_level(value) for value in known]
+        table = [row for row in found if row is not None and row.level is not None]
+        whole = torch.tensor(table, dtype=torch.float64, device=gamma.device)
+        if len(table) == len(found):
+            return whole
+        rows = torch.stack(self._coefficients(gamma.double()), dim=1)
+        places = [place for place, row in enumerate(found) if row is not None and row.level is not None]
+        rows[places] = whole.view(-1, 4)
+        return rows
 
     def _at_shared_level(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float) -> Prediction:
-        c_in, c_skip, c_out, level = self._coefficients(shared)
+        c_in, c_skip, c_out, level = self._at_level(shared)
         if level is None:
             told = self.level(self.schedule, gamma.double()).to(self.dtype)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.denoiser import INPUTS, Denoiser, Prediction, shaped
+from pipeline.diffusion.denoiser import INPUTS, Denoiser, Prediction, Shared, shaped
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.schedule import Schedule
 
@@ -25,9 +25,7 @@ LOG_TAU = math.log(2 * math.pi)
 class Oracle(Protocol):
     """What knows E[x | y]."""
 
-    def __call__(
-        self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None
-    ) -> Prediction: ...
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: Shared = None) -> Prediction: ...
 
 
 # --- Gaussian mixtures ------------------------------------------------------------------------------------------------
@@ -96,7 +94,7 @@ class GaussianMixture:
         """grad log density of y, shaped like y, in its dtype."""
         return (self.denoise(y, gamma) - y) / shaped(torch.exp(gamma), y)
 
-    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: Shared = None) -> Prediction:
         return Prediction(self.denoise(y, gamma, conditioning.label))
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
@@ -203,7 +201,7 @@ class EmpiricalMixture:
         x_hat = torch.softmax(self.log_joint(y, gamma), 1) @ self.points.double()
         return x_hat.view_as(y).to(y.dtype)
 
-    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: Shared = None) -> Prediction:
         return Prediction(self.denoise(y, gamma))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.decoders import PixelGrid
-from pipeline.diffusion.denoiser import Prediction
+from pipeline.diffusion.denoiser import Prediction, Shared
 from pipeline.diffusion.exact import GaussianMixture, full_mixture
 
 LATTICE_LIMIT = 1.25  # grey levels of noise above which the lattice moves E[v | y] by less than 1e-10
@@ -76,7 +76,7 @@ class QuantisedField:
         v_hat = torch.einsum("nk,nkd->nd", share, mean)
         return (self.pixels.first + self.pixels.bin * v_hat).view_as(y).to(y.dtype)
 
-    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: Shared = None) -> Prediction:
         return Prediction(self.denoise(y, gamma))
 
 

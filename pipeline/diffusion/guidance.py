@@ -38,15 +38,7 @@ def _unconditional_pair(query: Query, scale: float) -> Generator[Query, Answer, 
     )
     answer = yield both
     n = query.rows
-
-    def half(rows: slice) -> Answer:
-        return Answer(
-            answer.x_hat[rows],
-            None if answer.variance is None else answer.variance[rows],
-            None if answer.products is None else answer.products[:, rows],
-        )
-
-    return _extrapolate(half(slice(n, None)), half(slice(n)), scale)
+    return _extrapolate(answer.part(n, n), answer.part(0, n), scale)
 
 
 def _guide_pair(query: Query, scale: float) -> Generator[Query, Answer, Answer]:

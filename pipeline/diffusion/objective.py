@@ -19,7 +19,6 @@ from pipeline.diffusion.loss import (
     draw_noise,
     draw_uniform,
     drop_labels,
-    quarters,
     regress,
 )
 from pipeline.diffusion.randomness import StepKey
@@ -39,7 +38,6 @@ __all__ = [
     "Simple",
     "Weighted",
     "drop_labels",
-    "quarters",
 ]
 
 

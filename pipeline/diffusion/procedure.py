@@ -5,15 +5,15 @@ procedure to its end; an engine answers the queries of many at once through the 
 """
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning, concatenate
-from pipeline.diffusion.denoiser import Prediction
+from pipeline.diffusion.denoiser import Prediction, Shared
 
 Result = TypeVar("Result")
 
@@ -24,7 +24,7 @@ class Query:
 
     y: (n, ...) in coordinates where alpha = 1; gamma: (n,), one level a row; network: 'main', or 'guide' for
     auto-guidance. probes: (k, n, ...) vectors e; the answer then holds the k products e^T d x_hat / d y.
-    shared: the value of all rows of gamma, where they are one and the procedure knows it as a number.
+    shared: what gamma is as a number, where the procedure knows that all rows have one; of joined queries one each row.
     A query's tensors are valid until the procedure is resumed, which may overwrite them.
     """
 
@@ -33,11 +33,30 @@ class Query:
     conditioning: Conditioning = field(default_factory=Conditioning)
     network: str = "main"
     probes: Tensor | None = None
-    shared: float | None = None
+    shared: Shared = None
 
     @property
     def rows(self) -> int:
         return len(self.y)
+
+    @property
+    def kind(self) -> Hashable:
+        """Queries of one kind can share a network call."""
+        probes = 0 if self.probes is None else len(self.probes)
+        return self.network, probes, self.y.dtype, self.y.shape[1:], self.conditioning.told
+
+    def part(self, start: int, count: int) -> "Query":
+        """Its rows start..start+count."""
+        if count == self.rows:
+            return self
+        rows = slice(start, start + count)
+        probes = None if self.probes is None else self.probes[:, rows]
+        shared = self.shared[rows] if isinstance(self.shared, Sequence) else self.shared
+        return Query(self.y[rows], self.gamma[rows], self.conditioning[rows], self.network, probes, shared)
+
+    def known(self) -> Sequence[float | None]:
+        """Of each row what gamma is as a number, None where that is not known."""
+        return self.shared if isinstance(self.shared, Sequence) else (self.shared,) * self.rows
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,14 @@ class Answer:
     variance: Tensor | None = None
     products: Tensor | None = None
 
+    def part(self, start: int, count: int) -> "Answer":
+        """Its rows start..start+count."""
+        if count == len(self.x_hat):
+            return self
+        rows = slice(start, start + count)
+        variance = None if self.variance is None else self.variance[rows]
+        return Answer(self.x_hat[rows], variance, None if self.products is None else self.products[:, rows])
+
 
 Procedure = Generator[Query, Answer, Result]
 
@@ -55,9 +82,7 @@ Procedure = Generator[Query, Answer, Result]
 class Answerer(Protocol):
     """What queries are put to: a `Denoiser`, or an oracle of `exact`. Arguments as in `Denoiser.forward`."""
 
-    def __call__(
-        self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None
-    ) -> Prediction: ...
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: Shared = None) -> Prediction: ...
 
 
 def _call(denoiser: Answerer, query: Query) -> Answer:
@@ -78,6 +103,7 @@ def _call(denoiser: Answerer, query: Query) -> Answer:
 
 
 def _join(queries: Sequence[Query]) -> Query:
+    """All rows of queries of one kind."""
     if len(queries) == 1:
         return queries[0]
     probes = [q.probes for q in queries if q.probes is not None]
@@ -87,50 +113,48 @@ def _join(queries: Sequence[Query]) -> Query:
         conditioning=concatenate([q.conditioning for q in queries]),
         network=queries[0].network,
         probes=torch.cat(probes, dim=1) if probes else None,
+        shared=[value for q in queries for value in q.known()],
     )
 
 
-def _rows(query: Query, start: int, count: int) -> Query:
-    """Rows start..start+count, the last row repeated where the query is shorter."""
-    index = torch.arange(start, start + count, device=query.y.device).clamp(max=query.rows - 1)
-    return Query(
-        query.y[index],
-        query.gamma[index],
-        query.conditioning[index],
-        query.network,
-        None if query.probes is None else query.probes[:, index],
+def _padded(query: Query, rows: int) -> Query:
+    """The last row repeated where there are fewer than `rows`."""
+    missing = rows - query.rows
+    return _join([query, *[query.part(query.rows - 1, 1)] * missing]) if missing else query
+
+
+def join_answers(parts: Sequence[Answer]) -> Answer:
+    """The answer to a query from the answers to its parts, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    variances = [p.variance for p in parts if p.variance is not None]
+    products = [p.products for p in parts if p.products is not None]
+    return Answer(
+        torch.cat([p.x_hat for p in parts]),
+        torch.cat(variances) if variances else None,
+        torch.cat(products, dim=1) if products else None,
     )
 
 
 def _answer_chunked(denoiser: Answerer, query: Query, chunk: int) -> Answer:
     """The same answer through calls of exactly `chunk` rows, the last one padded."""
-    parts = [_call(denoiser, _rows(query, start, chunk)) for start in range(0, query.rows, chunk)]
-    n = query.rows
-    variances = [p.variance for p in parts if p.variance is not None]
-    products = [p.products for p in parts if p.products is not None]
-    return Answer(
-        torch.cat([p.x_hat for p in parts])[:n],
-        torch.cat(variances)[:n] if variances else None,
-        torch.cat(products, dim=1)[:, :n] if products else None,
-    )
+    query = replace(query, shared=query.known())  # one way to a row's coefficients, whatever the row is called with
+    starts = range(0, query.rows, chunk)
+    parts = [query.part(start, min(chunk, query.rows - start)) for start in starts]
+    return join_answers([_call(denoiser, _padded(part, chunk)) for part in parts]).part(0, query.rows)
 
 
 def _split(answer: Answer, queries: Sequence[Query]) -> list[Answer]:
     if len(queries) == 1:
         return [answer]
-    answers: list[Answer] = []
-    start = 0
-    for query in queries:
-        rows = slice(start, start + query.rows)
-        answers.append(
-            Answer(
-                answer.x_hat[rows],
-                None if answer.variance is None else answer.variance[rows],
-                None if answer.products is None else answer.products[:, rows],
-            )
-        )
-        start += query.rows
-    return answers
+    sizes = [query.rows for query in queries]
+    x_hats = torch.split(answer.x_hat, sizes)
+    variances, products = _cut(answer.variance, sizes), _cut(answer.products, sizes, dim=1)
+    return [Answer(*each) for each in zip(x_hats, variances, products, strict=True)]
+
+
+def _cut(values: Tensor | None, sizes: list[int], dim: int = 0) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if values is None else torch.split(values, sizes, dim)
 
 
 def _answer(networks: Mapping[str, Answerer], query: Query, chunk: int | None) -> Answer:
@@ -143,7 +167,7 @@ def _answer(networks: Mapping[str, Answerer], query: Query, chunk: int | None) -
 def answer_queries(
     networks: Mapping[str, Answerer], queries: Sequence[Query], chunk: int | None = None
 ) -> list[Answer]:
-    """Answer many queries with as few network calls as their kinds allow (one a network, shape and number of probes).
+    """Answer many queries with as few network calls as their kinds allow.
 
     chunk: call the network on exactly this many rows each time (the last padded). A row's floats then do not depend on
     what it is batched with; None calls once on all rows, fastest for one procedure.
@@ -152,10 +176,9 @@ def answer_queries(
         ValueError: a query names a network that the model has not.
     """
     answers: dict[int, Answer] = {}
-    groups: dict[tuple[str, int, torch.dtype, torch.Size], list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for index, query in enumerate(queries):
-        probes = 0 if query.probes is None else len(query.probes)
-        groups.setdefault((query.network, probes, query.y.dtype, query.y.shape[1:]), []).append(index)
+        groups.setdefault(query.kind, []).append(index)
     for members in groups.values():
         group = [queries[i] for i in members]
         answers.update(zip(members, _split(_answer(networks, _join(group), chunk), group), strict=True))

@@ -9,60 +9,29 @@ and no web framework here.
 
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.procedure import Answer, Procedure, Query
-from pipeline.serving.calls import answer_at_once, finite
-from pipeline.serving.job import Entry, Job, OpenQueries, Progress, Taken, joined
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.denoiser import Denoiser, Prediction, Shared
+from pipeline.diffusion.procedure import Answer, Procedure, Query, answer_queries, join_answers
+from pipeline.serving.job import Entry, Job, OpenQueries, Progress, Taken
+from pipeline.serving.outcomes import DeadlineExceeded, EngineBusy, EngineClosed, NotFinite, Outcome
 
 T = TypeVar("T")
+
 RATE_MEMORY = 0.05  # share of the newest network call in the running mean of their seconds
 FIRST_GUESS_S = 0.01
 STRETCH = 4.0
-
-
-class EngineBusy(RuntimeError):
-    """More work is queued than the engine may hold. `retry_after_s`: when about half of it will be done."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class EngineClosed(RuntimeError):
-    """The engine takes no more requests, or stopped before this one was done."""
-
-
-class DeadlineExceeded(TimeoutError):
-    """A request's deadline passed before its end; says after how many evaluations."""
-
-
-class NotFinite(ArithmeticError):
-    """The network answered a request with NaN or infinity; says at which evaluation."""
-
-
-@dataclass(frozen=True)
-class Outcome(Generic[T]):
-    """What a request came to.
-
-    evaluations: queries answered, one after the other; row_evaluations: network rows they had together (its cost);
-    queued_s: from submission to its start, run_s: from its start to its end, seconds.
-    """
-
-    value: T
-    evaluations: int
-    row_evaluations: int
-    queued_s: float
-    run_s: float
 
 
 @dataclass(frozen=True)
@@ -90,6 +59,20 @@ class Load:
     turn_s: float
 
 
+@dataclass(frozen=True)
+class Inferring:
+    """A denoiser in torch's inference mode, 3% faster for a small network; nothing made in it leaves but a copy."""
+
+    denoiser: Denoiser
+
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: Shared = None) -> Prediction:
+        if y.requires_grad:
+            return self.denoiser(y, gamma, conditioning, shared)
+        with torch.inference_mode():
+            made = self.denoiser(y, gamma, conditioning, shared)
+        return Prediction(made.x_hat.clone(), None if made.variance is None else made.variance.clone())
+
+
 class Engine:
     """Answers procedures until it is closed; owns one worker thread.
 
@@ -115,7 +98,7 @@ class Engine:
         if chunk < 1 or max_live_rows < 1 or max_queued_cost < 1:
             got = f"{chunk}, {max_live_rows}, {max_queued_cost}"
             raise ValueError(f"chunk, max_live_rows and max_queued_cost must be at least 1, got {got}")
-        self.networks, self.chunk = dict(networks), chunk
+        self.networks, self.chunk = {name: Inferring(network) for name, network in networks.items()}, chunk
         self.max_live_rows, self.max_queued_cost = max_live_rows, max_queued_cost
         self._threads = threads if threads is not None else torch.get_num_threads()
         self._wake = threading.Condition()
@@ -302,7 +285,7 @@ class Engine:
             self._ask(job, query)
 
     def _ask(self, job: Job, query: Query) -> None:
-        job.query, job.asked, job.answered = query, query.rows, 0
+        job.query, job.answered = query, 0
         self._open.add(job)
 
     def _turn(self) -> None:
@@ -316,41 +299,39 @@ class Engine:
         self._call_s += RATE_MEMORY * (elapsed - self._call_s) if self._rows else elapsed - self._call_s
         self._network_s += elapsed
         self._count(taken)
-        for (job, _, count), answer in zip(taken, answers, strict=True):
+        for (job, _), answer in zip(taken, answers, strict=True):
             if job.over:
                 continue
             if isinstance(answer, Exception):
                 self._fail(job, answer)
             else:
-                self._receive(job, count, answer)
+                self._receive(job, answer)
 
     def _answers(self, taken: list[Taken]) -> Sequence[Answer | Exception]:
         """All in one call; where that fails, one by one, so that a bad request fails alone."""
         self._calls += 1
-        queries, counts = [query for _, query, _ in taken], [count for _, _, count in taken]
         try:
-            answers, fine = answer_at_once(self.networks, queries, counts, self.chunk)
+            answers = answer_queries(self.networks, [query for _, query in taken], self.chunk)
         except Exception as error:
             if len(taken) == 1:
                 return [error]
             return [self._answers([each])[0] for each in taken]
-        if fine:
+        if _finite(answers):
             return answers
         wrong = "the network answered with a value that is not finite"
-        return [answer if finite(answer) else NotFinite(wrong) for answer in answers]
+        return [answer if _finite([answer]) else NotFinite(wrong) for answer in answers]
 
-    def _receive(self, job: Job, rows: int, answer: Answer) -> None:
+    def _receive(self, job: Job, answer: Answer) -> None:
         """Rows of a job's query are answered: go on with the rest of them, or resume the procedure."""
         query, procedure = job.query, job.procedure
         if query is None or procedure is None:
             raise AssertionError(f"request {job.number} was answered without having asked")
-        job.answered += rows
-        if rows < job.asked:
-            job.parts.append(answer)
-            if job.answered < job.asked:
-                self._open.add(job)
-                return
-            answer, job.parts = joined(job.parts), []
+        job.answered += len(answer.x_hat)
+        job.parts.append(answer)
+        if job.answered < query.rows:
+            self._open.add(job)
+            return
+        answer, job.parts = join_answers(job.parts), []
         job.evaluations += 1
         try:
             if job.on_progress is not None and query.network == "main" and query.probes is None:
@@ -367,11 +348,11 @@ class Engine:
 
     def _count(self, taken: list[Taken]) -> None:
         rows = owed = 0
-        for job, _, count in taken:
-            rows += count
+        for job, query in taken:
+            rows += query.rows
             if not job.over:
-                owed += min(count, max(job.cost - job.row_evaluations, 0))
-                job.row_evaluations += count
+                owed += min(query.rows, max(job.cost - job.row_evaluations, 0))
+                job.row_evaluations += query.rows
         self._rows, self._padded = self._rows + rows, self._padded + self.chunk - rows
         with self._wake:
             self._queued_cost -= owed
@@ -425,6 +406,15 @@ class Engine:
         for job in jobs:
             self._end(job)
             _settle(job.future, error)
+
+
+def _finite(answers: Sequence[Answer]) -> bool:
+    """Whether all x_hat and products are, of answers of one kind: by one look at their sum."""
+    total = torch.cat([answer.x_hat for answer in answers]).sum()
+    for answer in answers:
+        if answer.products is not None:
+            total += answer.products.sum()
+    return math.isfinite(float(total))
 
 
 def _settle(future: "Future[Any]", result: object) -> None:

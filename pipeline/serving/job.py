@@ -2,12 +2,11 @@
 
 import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.diffusion.procedure import Answer, Procedure, Query
@@ -29,7 +28,6 @@ class Job:
 
     __slots__ = (
         "answered",
-        "asked",
         "build",
         "cost",
         "deadline",
@@ -70,7 +68,6 @@ class Job:
         self.submitted_s = time.monotonic()
         self.started_s = self.submitted_s
         self.due = self.submitted_s
-        self.asked = 0  # rows of the query
         self.over = False
 
     @property
@@ -80,47 +77,22 @@ class Job:
 
 
 KINDS_KEPT = 1000
-Taken = tuple[Job, Query, int]  # whose they are, the rows, and how many
-Kind = tuple[str, int, torch.Size, torch.dtype, bool]
-
-
-def _kind(query: Query) -> Kind:
-    """Queries of one kind can share a network call without changing each other's floats."""
-    probes = 0 if query.probes is None else len(query.probes)
-    return query.network, probes, query.y.shape[1:], query.y.dtype, query.conditioning.label is not None
-
-
-def _part(query: Query, start: int, count: int) -> Query:
-    rows = slice(start, start + count)
-    probes = None if query.probes is None else query.probes[:, rows]
-    return Query(query.y[rows], query.gamma[rows], query.conditioning[rows], query.network, probes, query.shared)
-
-
-def joined(parts: Sequence[Answer]) -> Answer:
-    if len(parts) == 1:
-        return parts[0]
-    variances = [p.variance for p in parts if p.variance is not None]
-    products = [p.products for p in parts if p.products is not None]
-    return Answer(
-        torch.cat([p.x_hat for p in parts]),
-        torch.cat(variances) if variances else None,
-        torch.cat(products, dim=1) if products else None,
-    )
+Taken = tuple[Job, Query]  # whose it is, and the rows of its query that are answered now
 
 
 class OpenQueries:
     """What the live requests ask. The kinds take turns; within a kind the request that is due first goes first."""
 
     def __init__(self) -> None:
-        self._heaps: dict[Kind, list[Entry]] = {}
-        self._served: dict[Kind, int] = {}  # the turn in which a kind was last answered
+        self._heaps: dict[Hashable, list[Entry]] = {}
+        self._served: dict[Hashable, int] = {}  # the turn in which a kind was last answered
         self._turns = 0
 
     def add(self, job: Job) -> None:
         """Rows of the job's query that have no answer yet wait from now on."""
         if job.query is None:
             raise AssertionError(f"request {job.number} asks nothing")
-        heapq.heappush(self._heaps.setdefault(_kind(job.query), []), job.entry)
+        heapq.heappush(self._heaps.setdefault(job.query.kind, []), job.entry)
 
     def take(self, rows: int) -> list[Taken]:
         """At most `rows` rows of one kind; a job whose query is longer gives a part of it."""
@@ -147,7 +119,7 @@ class OpenQueries:
             query = job.query
             if job.over or query is None:
                 continue
-            count = min(rows, job.asked - job.answered)
-            taken.append((job, query if count == job.asked else _part(query, job.answered, count), count))
+            count = min(rows, query.rows - job.answered)
+            taken.append((job, query.part(job.answered, count)))
             rows -= count
         return taken

@@ -3,6 +3,7 @@ anything is allocated for it. The plan builds the procedure."""
 
 import difflib
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,8 @@ from pipeline.diffusion.randomness import key_seed
 from pipeline.diffusion.samplers import SAMPLERS, Sampler
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.config import ServingConfig
-from pipeline.serving.requests import (
-    EncodingRequest,
-    GenerationRequest,
-    LikelihoodOptions,
-    OptionValue,
-    RequestError,
-    decode_base64,
-)
+from pipeline.serving.refusals import RequestError
+from pipeline.serving.requests import EncodingRequest, GenerationRequest, LikelihoodOptions, OptionValue, decode_base64
 
 ADAPTIVE_EVALUATIONS = 128  # a solve's network evaluations an image where nothing bounds them; 104 measured at 1e-3
 PLAIN = (bool, int, float, str, type(None))
@@ -104,9 +99,6 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     side = model.config.size
     if request.size not in (None, "auto", f"{side}x{side}"):
         raise RequestError(f"this model makes images of {side}x{side} pixels, got '{request.size}'", "size")
-    if request.n > config.max_images:
-        more = f"python -m jobs.sample RUN_FILE --images {request.n} makes them as a shard set"
-        raise RequestError(f"at most {config.max_images} images a request, got {request.n}; {more}", "n")
     steps = config.steps if request.steps is None else request.steps
     if steps > config.max_steps:
         raise RequestError(f"at most {config.max_steps} steps, got {steps}", "steps")
@@ -119,6 +111,12 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
         if (value := getattr(request, extra)) is not None:
             options[extra] = value
     options = _checked_options(options, options_of(sampler.procedure), f"sampler '{name}'")
+
+    def offline() -> str:
+        return f"as a shard set they are made by: {_sample_command(request, model, name, steps, options, seed)}"
+
+    if request.n > config.max_images:
+        raise RequestError(f"at most {config.max_images} images a request, got {request.n}; {offline()}", "n")
     labels = _labels(request.labels, request.n, model)
     if request.prompt:
         labels = _prompted(request.prompt, labels, request.n, model)
@@ -126,15 +124,31 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     if guided and labels is None and model.guide is None:
         raise RequestError("guidance needs labels: without them there is nothing to guide towards", "guidance")
     evaluations = _evaluations(sampler, steps, options)
+    if request.image is not None:
+        evaluations = max(1, math.ceil(evaluations * request.strength))
+    cost = request.n * evaluations * (2 if guided else 1)
+    _check_cost(cost, model, config, f"{request.n} images x {evaluations} network evaluations", offline)
     init = None
     if request.image is not None:
         (data,) = decode_base64([request.image], "image")
-        evaluations = max(1, math.ceil(evaluations * request.strength))
         init = _decoded(data, "image", "exact", model, config)
-    cost = request.n * evaluations * (2 if guided else 1)
-    _check_cost(cost, model, config, f"{request.n} images x {evaluations} network evaluations")
     how = Sampling(name, steps, request.grid, None, request.guidance, options)
     return GenerationPlan(request.n, labels, seed, how, evaluations, cost, init, request.strength)
+
+
+def _sample_command(
+    request: GenerationRequest, model: Model, sampler: str, steps: int, options: Mapping[str, Any], seed: int
+) -> str:
+    """What makes the images of a request that is too large for one answer; the same ones, where it has one class for
+    all and no image to start from."""
+    label = _prompted(request.prompt, None, 1, model)[0] if request.prompt else request.labels
+    labels = ""
+    if model.config.classes and not isinstance(label, list):
+        labels = f" --labels={-1 if label is None else label}"
+    how: dict[str, Any] = {"sampler": sampler, "steps": steps, "grid": request.grid, "guidance": request.guidance}
+    how |= {f"options.{name}": value for name, value in options.items()}
+    told = " ".join(f"evaluation.sampling.{name}={json.dumps(value)}" for name, value in how.items()).replace('"', "")
+    return f"python -m jobs.sample RUN_FILE --images {request.n} --seed {seed}{labels} {told}"
 
 
 def plan_encoding(request: EncodingRequest, model: Model, config: ServingConfig) -> EncodingPlan:
@@ -276,11 +290,17 @@ def scoring_evaluations(options: Mapping[str, Any], dimensions: int) -> int:
     return ADAPTIVE_EVALUATIONS * (1 + PRODUCT_COST * products) * max(1, int(options.get("samples", 1)))
 
 
-def _check_cost(cost: int, model: Model, config: ServingConfig, what: str) -> None:
+def _check_cost(
+    cost: int,
+    model: Model,
+    config: ServingConfig,
+    what: str,
+    instead: Callable[[], str] = lambda: "ask for less at a time",
+) -> None:
     pixels = model.config.size**2
     if cost * pixels > config.max_request_cost:
         raise RequestError(
-            f"{what} x {pixels} pixels is more than the limit of {config.max_request_cost}: ask for less at a time",
+            f"{what} x {pixels} pixels is more than the limit of {config.max_request_cost}; {instead()}",
             code="request_too_large",
         )
 

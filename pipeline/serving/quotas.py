@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from pipeline.serving.requests import Refused
+from pipeline.serving.refusals import Refused
 
 MINUTE_S = 60.0
 

@@ -3,67 +3,12 @@
 import base64
 import binascii
 import difflib
-import json
 from collections.abc import Sequence
-from email.message import Message
-from email.parser import BytesParser
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.serving.config import ServingConfig
-
-__all__ = [
-    "EncodingRequest",
-    "GenerationRequest",
-    "LikelihoodOptions",
-    "LikelihoodRequest",
-    "Refused",
-    "RequestError",
-    "ServingConfig",
-    "decode_base64",
-    "parse_body",
-    "parse_form",
-    "unknown_model",
-]
-
-
-class Refused(Exception):
-    """A request that gets no answer, as HTTP says it: status, message, code, and the field that is wrong (or None)."""
-
-    def __init__(
-        self, message: str, status: int, code: str, param: str | None = None, retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(message, status, code, param, retry_after_s)  # all of them: so it survives pickling
-        self.message, self.status, self.code, self.param = message, status, code, param
-        self.retry_after_s = retry_after_s
-
-    def __str__(self) -> str:
-        return self.message
-
-    def body(self) -> dict[str, Any]:
-        """The one error schema of every endpoint, that of the OpenAI API."""
-        kinds = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
-        kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-class RequestError(Refused, ValueError):
-    """A request that its sender can mend."""
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = "invalid_value") -> None:
-        super().__init__(message, status, code, param)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RequestError, (self.message, self.param, self.status, self.code)
-
-
-def unknown_model(name: str | None, served: Sequence[str]) -> RequestError:
-    """The refusal of a request for a model that is none of `served`, ids."""
-    listed = ", ".join(f"'{each}'" for each in served)
-    message = f"no model '{str(name)[:100]}' is served here; served: {listed}"
-    return RequestError(message, "model", status=404, code="model_not_found")
-
+from pipeline.serving.refusals import RequestError
 
 OptionValue = bool | int | float | str | None | list[float]
 LARGEST_SEED = 2**53 - 1  # a JavaScript client can still name it exactly
@@ -177,52 +122,3 @@ def decode_base64(encoded: Sequence[str], field: str = "images") -> list[bytes]:
         except (binascii.Error, ValueError) as error:
             raise RequestError(f"{field}[{index}]: not base64: {error}", field) from None
     return decoded
-
-
-# --- multipart forms -----------------------------------------------------------------------------------------------
-
-
-def parse_form(content_type: str, body: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """The fields of a multipart/form-data body (RFC 7578), and the files in its `images` parts, in order.
-
-    `labels`, `seed` and `options` are read as JSON. The body is in memory already, its size limited by the caller.
-
-    Raises:
-        RequestError: no boundary, a malformed part, a field given twice, or a file under another name.
-    """
-    outer = _headers(b"Content-Type: " + content_type.encode("latin-1", "replace"))
-    boundary = outer.get_param("boundary")
-    if outer.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
-        raise RequestError("multipart/form-data without a boundary", code="malformed_body")
-    pieces = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
-    if len(pieces) < 3 or not pieces[-1].startswith(b"--"):
-        raise RequestError("the multipart body is cut off: its last boundary is missing", code="malformed_body")
-    fields: dict[str, Any] = {}
-    files: list[bytes] = []
-    for piece in pieces[1:-1]:
-        head, found, content = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        headers = _headers(head)
-        name = headers.get_param("name", header="content-disposition")
-        if not found or headers.get_content_disposition() != "form-data" or not isinstance(name, str):
-            raise RequestError("a part of the multipart body has no name", code="malformed_body")
-        if headers.get_filename() is not None or name == "images":
-            if name != "images":
-                raise RequestError(f"files go into 'images', got '{name[:64]}'", name[:64], code="unknown_parameter")
-            files.append(content)
-        elif name in fields:
-            raise RequestError(f"'{name[:64]}' is given twice", name[:64])
-        else:
-            fields[name] = _form_value(name, content)
-    return fields, files
-
-
-def _headers(data: bytes) -> Message:
-    return BytesParser().parsebytes(data + b"\r\n\r\n", headersonly=True)
-
-
-def _form_value(name: str, content: bytes) -> Any:
-    try:
-        text = content.decode("utf-8")
-        return json.loads(text) if name in ("labels", "seed", "options") else text
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RequestError(f"'{name[:64]}' cannot be read: {error}", name[:64]) from None

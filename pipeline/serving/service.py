@@ -5,11 +5,9 @@ Device work happens in the engine's thread and encoding in a pool, so an event l
 
 import asyncio
 import base64
-import bisect
-import hashlib
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,17 +20,11 @@ from pipeline.diffusion.grids import GRIDS
 from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.samplers import SAMPLERS
-from pipeline.model import Model, Sampling
+from pipeline.model import Model
 from pipeline.serving.config import ServingConfig
-from pipeline.serving.engine import (
-    DeadlineExceeded,
-    Engine,
-    EngineBusy,
-    EngineClosed,
-    NotFinite,
-    Outcome,
-    Progress,
-)
+from pipeline.serving.engine import Engine, Progress
+from pipeline.serving.held_out import HELD_OUT, held_out_scores, histogram, percentile
+from pipeline.serving.outcomes import NotFinite, Outcome
 from pipeline.serving.plans import (
     EncodingPlan,
     GenerationPlan,
@@ -43,68 +35,33 @@ from pipeline.serving.plans import (
     plan_generation,
     plan_likelihood,
 )
-from pipeline.serving.requests import (
-    EncodingRequest,
-    GenerationRequest,
-    LikelihoodOptions,
-    Refused,
-    parse_body,
-    unknown_model,
-)
+from pipeline.serving.refusals import unknown_model
+from pipeline.serving.requests import EncodingRequest, GenerationRequest, LikelihoodOptions, parse_body
+from pipeline.serving.self_test import self_test
 
 B = TypeVar("B", GenerationRequest, LikelihoodOptions, EncodingRequest)
 
-SELF_TEST_SEED = 20_240_229
 DEFAULT_PREVIEWS = 16
-HISTOGRAM_BINS = 40
-HELD_OUT = "held_out_bits_per_dim"  # the card's entry: {estimator: [bits/dim of each held-out image]}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model this is. id: what requests call it, aliases: what else they may; version: in the registry, or ''."""
+    """Which model this is. id: what requests call it, aliases: what else they may; version: in the registry, or '';
+    created: since when it is served, Unix time in seconds."""
 
     id: str
     version: str
     digest: str
     aliases: tuple[str, ...] = ()
+    created: int = field(default_factory=lambda: int(time.time()), compare=False)
 
-    def entry(self, created: int) -> dict[str, Any]:
-        """The model as `GET /v1/models` lists it; created: Unix time, seconds."""
-        facts = {**asdict(self), "aliases": list(self.aliases)}
-        return {**facts, "object": "model", "created": created, "owned_by": "raydiffusion"}
+    def entry(self) -> dict[str, Any]:
+        """The model as `GET /v1/models` lists it."""
+        return {**asdict(self), "aliases": list(self.aliases), "object": "model", "owned_by": "raydiffusion"}
 
     def answers_to(self, name: str | None) -> bool:
         """Whether a request that names `name` means this model."""
         return name is None or name in (self.id, *self.aliases)
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """digest: sha256 of the images of a known seed; seconds: how long the whole test took, warm-up included."""
-
-    digest: str
-    seconds: float
-
-
-def refused(error: Exception) -> Refused:
-    """What a caller is told of an error: a ValueError is the caller's to mend, of our own defects it names the kind."""
-    match error:
-        case Refused():
-            return error
-        case EngineBusy():
-            return Refused(str(error), 429, "queue_full", retry_after_s=error.retry_after_s)
-        case EngineClosed():
-            return Refused(str(error), 503, "not_available", retry_after_s=1.0)
-        case DeadlineExceeded():
-            return Refused(str(error), 504, "deadline_exceeded")
-        case NotFinite():
-            return Refused(str(error), 500, "not_finite")
-        case ValueError():
-            return Refused(str(error), 400, "invalid_value")
-        case _:
-            message = f"the server failed ({type(error).__name__}); its log has the trace id of this answer"
-            return Refused(message, 500, "internal_error")
 
 
 class Service:
@@ -125,7 +82,6 @@ class Service:
             threads=max(1, int(config.cpus_per_replica)),
             name=f"engine {identity.id}",
         )
-        self.created = int(time.time())
         self.bytes = sum(p.numel() * p.element_size() for net in model.networks.values() for p in net.parameters())
         self.held_out = held_out_scores(model.card)
         try:
@@ -142,7 +98,7 @@ class Service:
 
     async def entry(self) -> dict[str, Any]:
         """The model as `GET /v1/models` lists it."""
-        return self.identity.entry(self.created)
+        return self.identity.entry()
 
     async def models(self) -> list[dict[str, Any]]:
         """The list of `GET /v1/models`."""
@@ -168,7 +124,7 @@ class Service:
             "bytes": self.bytes,
             "defaults": {"sampler": self.config.sampler, "steps": self.config.steps},
             "limits": {"images": self.config.max_images, "steps": self.config.max_steps},
-            "held_out": {name: _histogram(scores) for name, scores in self.held_out.items()},
+            "held_out": {name: histogram(scores) for name, scores in self.held_out.items()},
             "self_test": asdict(self.self_test),
             "card": {name: value for name, value in self.model.card.items() if name != HELD_OUT},
         }
@@ -181,13 +137,13 @@ class Service:
         Raises:
             RequestError: what the request may not ask. EngineBusy, EngineClosed, DeadlineExceeded, NotFinite.
         """
-        plan = await asyncio.to_thread(self._plan_generate, fields, seed)
+        plan = await self._planned(fields, seed)
         outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
         return await asyncio.to_thread(self._generated, plan, outcome)
 
     async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]:
         """The same as events: previews of x_hat as they come, then the whole answer. Closing it cancels the request."""
-        plan = await asyncio.to_thread(self._plan_generate, fields, seed)
+        plan = await self._planned(fields, seed)
         wanted = fields.get("partial_images")
         wanted = DEFAULT_PREVIEWS if wanted is None else wanted
         every = _spread(plan.evaluations, wanted)
@@ -293,6 +249,12 @@ class Service:
         plan = await asyncio.to_thread(getattr(self, f"_plan_{method}"), *arguments)
         return plan.cost * self.model.config.size**2
 
+    async def _planned(self, fields: Mapping[str, Any], seed: int) -> GenerationPlan:
+        """At once, so that a full queue is told at once; in a thread where there is an image to decode."""
+        if "image" in fields:
+            return await asyncio.to_thread(self._plan_generate, fields, seed)
+        return self._plan_generate(fields, seed)
+
     def _plan_generate(self, fields: Mapping[str, Any], seed: int) -> GenerationPlan:
         return plan_generation(self._for_us(parse_body(GenerationRequest, fields)), self.model, self.config, seed)
 
@@ -338,34 +300,6 @@ class Service:
         }
 
 
-def self_test(engine: Engine, model: Model) -> SelfTest:
-    """Warm up, then make two images of a known seed alone and again beside other requests: the same pixels, all finite.
-
-    Raises:
-        ValueError: they differ, or are not finite.
-    """
-    started = time.perf_counter()
-    labels = (0, 0) if model.config.classes else None
-
-    def ask(seed: int, steps: int) -> Callable[[], Procedure[Tensor]]:
-        return lambda: model.sampling((seed, seed + 1), labels, Sampling(steps=steps))
-
-    try:
-        alone = engine.submit(ask(SELF_TEST_SEED, 3), rows=2, name="self-test").result()
-        beside = [engine.submit(ask(SELF_TEST_SEED + index, 2 + index % 4), rows=2) for index in (-3, -2, -1)]
-        again = engine.submit(ask(SELF_TEST_SEED, 3), rows=2, name="self-test").result()
-        for other in beside:
-            other.result()
-    except NotFinite as error:
-        raise ValueError(f"self-test: {error}") from None
-    if not torch.equal(alone.value, again.value):
-        raise ValueError("self-test: an image differs when other requests run beside it")
-    if not bool(torch.isfinite(alone.value).all()):
-        raise ValueError("self-test: the model made pixels that are not finite")
-    digest = hashlib.sha256(images.to_pixels(alone.value).cpu().numpy().tobytes()).hexdigest()
-    return SelfTest(digest, time.perf_counter() - started)
-
-
 def _encoded(x: Tensor) -> list[str]:
     """Base64 PNG of each image of (n, C, H, W) in model space."""
     pixels = images.to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
@@ -392,33 +326,13 @@ def _score(scores: Likelihood, index: int, held_out: list[float] | None) -> dict
         "parts_nats": {name: float(value[index]) for name, value in scores.parts.items()},
         "standard_errors_nats": {name: _number(float(v[index])) for name, v in scores.standard_errors.items()},
         "evaluations": int(scores.evaluations[index]),
-        "percentile": None if held_out is None else _percentile(held_out, bits),
+        "percentile": None if held_out is None else percentile(held_out, bits),
     }
 
 
 def _number(value: float) -> float | None:
     """JSON has no NaN: a standard error that one draw cannot tell is null."""
     return value if np.isfinite(value) else None
-
-
-# --- the held-out images' scores -------------------------------------------------------------------------------------
-
-
-def held_out_scores(card: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Sorted bits/dim of the held-out images by estimator; empty where the card has none."""
-    table = card.get(HELD_OUT) or {}
-    return {str(name): sorted(float(value) for value in values) for name, values in table.items() if values}
-
-
-def _percentile(scores: list[float], value: float) -> float:
-    """Share of `scores`, in percent, that lie below `value` (ties count half)."""
-    below, through = bisect.bisect_left(scores, value), bisect.bisect_right(scores, value)
-    return 50.0 * (below + through) / len(scores)
-
-
-def _histogram(scores: list[float]) -> dict[str, Any]:
-    counts, edges = np.histogram(scores, bins=HISTOGRAM_BINS)
-    return {"count": len(scores), "counts": counts.tolist(), "edges": [round(float(edge), 6) for edge in edges]}
 
 
 def _options(procedure: Callable[..., Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from pipeline.serving.requests import Refused
+from pipeline.serving.refusals import Refused
 from pipeline.serving.service import Service
 
 log = logging.getLogger("raydiffusion.serving")

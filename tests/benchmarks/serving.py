@@ -8,10 +8,11 @@ All answer the same requests on the same U-Net in one thread, an image each:
     diffusers   the same, on diffusers' own DDIMPipeline around the same U-Net exported to it (DDIM requests only)
 
 Workloads: `mixed` (four samplers, 10 to 50 steps), `ddim` (10 to 50 steps), `alike` (DDIM of 20 steps: batching by
-steps cannot help). Throughput is requests a second of processor time with all of them waiting; latencies are of Poisson
-arrivals at 0.9 of the request-level capacity, and for the engine also at 1.5 times that rate, on a clock that counts
-processor time and idleness alone, so that what else runs on the machine hardly matters. The ways take turns, medians of
-ratios are told. The record goes to results/serving.json.
+steps cannot help). Throughput is requests a second of processor time with all of them waiting; the ways take turns,
+medians of ratios are told. Latencies are of Poisson arrivals at 0.9 of the capacity of the request-level way, for the
+engine also at 1.5 times that rate and at 0.9 of its own capacity (where the request-level way has no steady state),
+without the first tenth of the requests. Their clock counts processor time and idleness alone, so that what else runs on
+the machine hardly matters. The record goes to results/serving.json.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from pipeline.model import Model, ModelConfig, Sampling, build
 from pipeline.serving.engine import Engine
 
 CHUNK = 8
+LOAD = 0.9  # of the capacity
 WAIT_S = 0.01  # batch_wait_timeout_s of @serve.batch
 NAMES = ("heun", "ddim", "ancestral", "dpmpp_2m")
 NETWORK = {"base_width": 32, "multipliers": (1, 2), "blocks": 2, "attention_at": (4,), "norm_groups": 8}
@@ -174,44 +176,58 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.skipped = -time.process_time()
+        self.started = time.process_time()
+        self.idle = 0.0
+
+    @property
+    def busy(self) -> float:
+        return time.process_time() - self.started
 
     def now(self) -> float:
-        return time.process_time() + self.skipped
+        return self.busy + self.idle
 
     def wait(self, due: float, idle: Callable[[], bool]) -> None:
         while (left := due - self.now()) > 0:
             if idle():
-                self.skipped += left
+                self.idle += left
             else:
                 time.sleep(0.002)
 
 
-def poisson(way: Way, asked: list[Asked], rate: float) -> list[float]:
-    """Latencies, seconds, of requests that arrive at `rate` a second."""
-    server, draw, latencies = way(), random.Random(2), [0.0] * len(asked)
+@dataclass(frozen=True)
+class Arrivals:
+    """What requests that came at their own times had. rate: arrivals a second; busy: share of the time with work."""
+
+    rate: float
+    busy: float
+    latencies: list[float]
+
+    def told(self) -> dict[str, float]:
+        ordered = sorted(self.latencies[len(self.latencies) // 10 :])
+        quantiles = {f"p{q}_s": ordered[q * len(ordered) // 100] for q in (50, 95, 99)}
+        return {"arrivals_per_s": self.rate, "busy": self.busy, "mean_s": statistics.fmean(ordered), **quantiles}
+
+
+def poisson(way: Way, asked: list[Asked], rate: Callable[[int, float], float]) -> Arrivals:
+    """Requests that arrive at `rate(requests answered, busy seconds)` a second."""
+    server, draw, latencies = way(), random.Random(2), dict[int, float]()
     clock, due = Clock(), 0.0
     futures: list[Future[Any]] = []
     for index, each in enumerate(asked):
-        due += draw.expovariate(rate)
-        clock.wait(due, lambda: all(future.done() for future in futures))
+        due += draw.expovariate(rate(len(latencies), clock.busy))
+        clock.wait(due, lambda: len(latencies) == len(futures))
 
         def done(_: Future[Any], index: int = index, arrived: float = due) -> None:
             latencies[index] = clock.now() - arrived
 
         future = server.submit(each)
-        future.add_done_callback(done)
         futures.append(future)
+        future.add_done_callback(done)
     for future in futures:
         future.result()
+    busy = clock.busy / clock.now()
     server.close()
-    return latencies
-
-
-def told(latencies: list[float]) -> dict[str, float]:
-    ordered = sorted(latencies)
-    picks = {"p50": 0.5, "p95": 0.95}
-    return {"mean": statistics.fmean(ordered)} | {k: ordered[int(q * len(ordered))] for k, q in picks.items()}
+    return Arrivals(len(asked) / due, busy, [latencies[index] for index in range(len(asked))])
 
 
 def throughput(ways: dict[str, Way], kind: str, rounds: int, count: int) -> dict[str, Any]:
@@ -230,16 +246,25 @@ def throughput(ways: dict[str, Way], kind: str, rounds: int, count: int) -> dict
 
 
 def open_loop(ways: dict[str, Way], kind: str, requests: int) -> dict[str, Any]:
-    """Latencies at 0.9 of the request-level capacity, as it is now, and of the engine at 1.5 times that rate."""
-    asked, rate = workload(requests, kind), 0.9 * saturated(ways["request"], workload(48, kind))
-    found = {
-        "request": told(poisson(ways["request"], asked, rate)),
-        "step": told(poisson(ways["step"], asked, rate)),
-        "step_at_1.5_times_the_rate": told(poisson(ways["step"], asked, 1.5 * rate)),
+    """Latencies of both at 0.9 of the request-level capacity, followed as it is at each moment of its run, and of the
+    engine at 1.5 times that rate and at 0.9 of its own capacity.
+    """
+    asked, few = workload(requests, kind), workload(48, kind)
+    first, own = saturated(ways["request"], few), saturated(ways["step"], few)
+
+    def followed(answered: int, busy_s: float) -> float:
+        return LOAD * (answered / busy_s if answered >= len(few) else first)
+
+    request = poisson(ways["request"], asked, followed)
+    rates = {"step": request.rate, "step_at_1.5_times_the_rate": 1.5 * request.rate, "step_at_its_own": LOAD * own}
+    found = {"request": request.told()}
+    for name, rate in rates.items():
+        found[name] = poisson(ways["step"], asked, lambda *_, rate=rate: rate).told()
+    ratios = {
+        "mean_latency": found["step"]["mean_s"] / found["request"]["mean_s"],
+        "p95_at_1.5_times_the_rate": found["step_at_1.5_times_the_rate"]["p95_s"] / found["request"]["p95_s"],
     }
-    step, request, fast = found["step"], found["request"], found["step_at_1.5_times_the_rate"]
-    ratios = {"mean_latency": step["mean"] / request["mean"], "p95_at_1.5_times_the_rate": fast["p95"] / request["p95"]}
-    return {"requests": requests, "arrivals_per_s": rate, "latency_s": found, "step_over_request": ratios}
+    return {"requests": requests, "load": LOAD, "ways": found, "step_over_request": ratios}
 
 
 def overhead(model: Model, live: int = 32, calls: int = 400) -> dict[str, float]:
@@ -267,7 +292,7 @@ class _Free(torch.nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=150, help="of each open loop; 0: none")
+    parser.add_argument("--requests", type=int, default=2000, help="of each open loop; 0: none")
     parser.add_argument("--rounds", type=int, default=9, help="of throughput; 0: keep that of the last record")
     args = parser.parse_args()
     torch.set_num_threads(1)

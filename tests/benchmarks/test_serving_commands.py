@@ -10,8 +10,8 @@ import torch
 
 from jobs.benchmark import engine, serve
 from pipeline.model import load
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.ports import free_port
-from pipeline.serving.requests import ServingConfig
 from tests.faults.endpoint import Endpoint, serving
 from tests.serving.tiny import save_tiny
 

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.ports import free_port
-from pipeline.serving.requests import ServingConfig
 from tests.cluster.endpoints import Registry, import_serve
 from tests.data.folders import write_images
 
@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",  # else a busy machine starves the workers
 }
 
 

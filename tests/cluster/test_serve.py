@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.images import decode, encode_png
-from pipeline.serving.requests import ServingConfig
+from pipeline.serving.config import ServingConfig
 from tests.cluster.endpoints import GENERATE, SCORE, Registry, import_serve, until
 
 
@@ -31,7 +32,7 @@ def test_the_openai_client_makes_images(endpoint: str) -> None:
     import openai
 
     client = openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["digits"]
+    assert [(model.id, abs(model.created - time.time()) < 3600) for model in client.models.list()] == [("digits", True)]
     answer = client.images.generate(
         model="digits", prompt="3", n=2, size="auto", response_format="b64_json", extra_body={"steps": 4, "seed": 5}
     )

@@ -15,17 +15,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from pipeline.serving.requests import ServingConfig
+from pipeline.serving.config import ServingConfig
 from tests.cluster.endpoints import GENERATE, Registry, import_serve, until
 
 SEEDS = range(6)
 DEATHS = 10
+PATIENCE_S = 600  # for replicas to come, which on a busy machine takes minutes
 FIELDS = {"n": 2, "steps": 12, "sampler": "ddim"}
 
 
@@ -34,10 +36,10 @@ def two_replicas(endpoint: str, serving_config: ServingConfig, registry: Registr
     """The endpoint with two replicas, and with one again."""
     serve = import_serve()
     assert serve.deploy(replace(serving_config, min_replicas=2, max_replicas=2), registry.uri) == endpoint
-    until(lambda: len(processes()) == 2, 60)
+    until(lambda: len(processes()) == 2, PATIENCE_S)
     yield
     serve.deploy(serving_config, registry.uri)
-    until(lambda: len(processes()) == 1, 60)
+    until(lambda: len(processes()) == 1, PATIENCE_S)
 
 
 class Traffic:
@@ -88,7 +90,7 @@ class Traffic:
             return self.counts[version] if version else self.counts.total()
 
         before = count()
-        until(lambda: count() >= before + answers, 90)
+        until(lambda: count() >= before + answers, PATIENCE_S)
 
 
 def processes() -> set[int]:
@@ -111,6 +113,7 @@ def test_an_alias_that_moves_loses_no_request(endpoint: str, registry: Registry,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_replica_that_dies_loses_no_request(endpoint: str, two_replicas: None, number: signal.Signals) -> None:
     with Traffic(endpoint) as traffic:
@@ -119,12 +122,13 @@ def test_a_replica_that_dies_loses_no_request(endpoint: str, two_replicas: None,
             running = processes()
             os.kill(min(running), number)
             traffic.some_more()
-            until(lambda held=running: len(processes()) == 2 and processes() != held, 120)
+            until(lambda held=running: len(processes()) == 2 and processes() != held, PATIENCE_S)
     print(f"{DEATHS} {number.name}: {traffic.counts.total()} answers, 0 lost")
     assert not traffic.wrong
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_an_ingress_that_dies_fails_only_what_went_through_it(
     endpoint: str, serving_config: ServingConfig, registry: Registry
 ) -> None:
@@ -134,21 +138,25 @@ def test_an_ingress_that_dies_fails_only_what_went_through_it(
     serve.deploy(replace(serving_config, ingress_replicas=2), registry.uri)
     fields = {"n": 2, "steps": 400, "sampler": "ddim"}
     lost = 0
-    slowest = 0.0
+    before, after = list[float](), list[float]()
+
+    def small_one() -> float:
+        started = time.monotonic()
+        assert httpx.post(f"{endpoint}{GENERATE}", json={"steps": 2}, timeout=120).status_code == 200
+        return time.monotonic() - started
+
     with httpx.Client(base_url=endpoint, timeout=120) as client:
         expected = {seed: client.post(GENERATE, json={**fields, "seed": seed}).json()["data"] for seed in range(4)}
         for _ in range(5):
-            until(lambda: len(ingresses()) == 2, 60)
+            until(lambda: len(ingresses()) == 2, PATIENCE_S)
             with ThreadPoolExecutor(4) as pool:
                 asked = [
                     pool.submit(httpx.post, f"{endpoint}{GENERATE}", json={**fields, "seed": seed}, timeout=120)
                     for seed in range(4)
                 ]
-                time.sleep(0.3)
+                before.append(small_one())
                 os.kill(min(ingresses()), signal.SIGKILL)
-                started = time.monotonic()
-                assert httpx.post(f"{endpoint}{GENERATE}", json={"steps": 2}, timeout=120).status_code == 200
-                slowest = max(slowest, time.monotonic() - started)
+                after.append(small_one())
             for seed, answer in enumerate(asked):
                 if answer.exception() is not None or answer.result().status_code != 200:
                     lost += 1
@@ -158,7 +166,8 @@ def test_an_ingress_that_dies_fails_only_what_went_through_it(
                     assert answer.result().json()["data"] == expected[seed]
     print(
         f"5 ingresses killed: {lost} of 20 requests through them failed and had their bytes when asked again; "
-        f"the next request took {slowest:.2f} s at most"
+        f"the next one took {median(after):.2f} s, at most {max(after):.2f}; the one before the kill "
+        f"{median(before):.2f} s, at most {max(before):.2f}"
     )
     assert lost < 20
     serve.deploy(serving_config, registry.uri)

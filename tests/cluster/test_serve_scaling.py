@@ -27,24 +27,26 @@ import httpx, ray
 from ray import serve as ray_serve
 from ray.serve.schema import ReplicaState
 from pipeline.cluster import serve
-from pipeline.serving.requests import ServingConfig
+from pipeline.serving.config import ServingConfig
 
+PATIENCE_S = 400
 model, floor, address = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 ray.init(address, log_to_driver=False, logging_level="ERROR")
 url = serve.deploy(ServingConfig(
-    model=model, port=0, min_replicas=floor, max_replicas=3, cpus_per_replica=2.0, cpus_ingress=0.1,
-    work_per_replica_s=1.0, upscale_delay_s=1.0, downscale_delay_s=3.0, max_steps=1000, deadline_s=600.0,
+    model=model, port=0, min_replicas=floor, max_replicas=3, cpus_per_replica=1.5, cpus_ingress=0.1,
+    work_per_replica_s=0.3, upscale_delay_s=1.0, downscale_delay_s=3.0, max_steps=1000, deadline_s=600.0,
 ))
 seen, ended, failures, answers = [], threading.Event(), [], []
 
 def ask():
-    with httpx.Client(base_url=url, timeout=300) as client:
+    with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
         while not ended.is_set():
             answer = client.post("/v1/images/generations", json={"n": 2, "steps": 500, "sampler": "ddim"})
             (answers if answer.status_code == 200 else failures).append(answer.text[:300])
 
-def until(replicas, nodes, timeout_s):
-    end = time.monotonic() + timeout_s
+def until(replicas, nodes):
+    # waits as long as something moves: states of replicas, nodes, answers
+    moved, end = None, 0.0
     while True:
         states = ray_serve.status().applications["raydiffusion"].deployments["engine"].replica_states
         now = (states.get(ReplicaState.RUNNING, 0), sum(node["Alive"] for node in ray.nodes()))
@@ -52,6 +54,8 @@ def until(replicas, nodes, timeout_s):
             seen.append(now)
         if now == (replicas, nodes):
             return
+        if moved != (moved := (len(seen), len(answers), str(states))):
+            end = time.monotonic() + PATIENCE_S
         assert time.monotonic() < end, (now, seen, failures)
         time.sleep(0.5)
 
@@ -59,13 +63,13 @@ threads = [threading.Thread(target=ask) for _ in range(8)]
 try:
     for thread in threads:
         thread.start()
-    until(3, 4, 240)
+    until(3, 4)
 finally:
     ended.set()
     for thread in threads:
-        thread.join(300)
-until(floor, 1 + floor, 240)
-last = httpx.post(f"{url}/v1/images/generations", json={"steps": 2}, timeout=120).status_code
+        thread.join(PATIENCE_S)
+until(floor, 1 + floor)
+last = httpx.post(f"{url}/v1/images/generations", json={"steps": 2}, timeout=PATIENCE_S).status_code
 print(json.dumps({"seen": seen, "answers": len(answers), "failures": failures, "last": last}))
 serve.shutdown()
 """
@@ -82,7 +86,12 @@ def cluster_config() -> dict[str, Any]:
         "max_workers": 8,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 0.1,
-        "provider": {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True},
+        "provider": {
+            "type": "fake_multinode",
+            "use_node_id_as_ip": True,  # the nodes share one address
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
         "available_node_types": {"worker": {**worker, "max_workers": 3}, "ray.head.default": head},
         "head_node_type": "ray.head.default",
         **{f"{name}_commands": [] for name in unused},
@@ -93,7 +102,7 @@ def cluster_config() -> dict[str, Any]:
 
 
 def until_it_answers(port: int, head: "subprocess.Popen[bytes]") -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while time.monotonic() < end:
         assert head.poll() is None, "the head node ended"
         with socket.socket() as probe:
@@ -104,7 +113,7 @@ def until_it_answers(port: int, head: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("floor", [1, 0])
 def test_replicas_and_nodes_come_and_go_with_the_work(tmp_path: Path, floor: int) -> None:
     assert is_free("127.0.0.1", GCS), f"port {GCS} is taken: end the Ray cluster there first"
@@ -119,6 +128,7 @@ def test_replicas_and_nodes_come_and_go_with_the_work(tmp_path: Path, floor: int
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_health_check_failure_threshold": "60",  # a busy machine's nodes are slow, not dead
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     }
@@ -137,7 +147,7 @@ def test_replicas_and_nodes_come_and_go_with_the_work(tmp_path: Path, floor: int
                 str(floor),
                 f"127.0.0.1:{GCS}",
             ]
-            ran = subprocess.run(asking, env=environment, capture_output=True, text=True, timeout=500, check=False)
+            ran = subprocess.run(asking, env=environment, capture_output=True, text=True, timeout=3000, check=False)
         finally:
             started = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
             head.send_signal(signal.SIGTERM)
@@ -146,7 +156,7 @@ def test_replicas_and_nodes_come_and_go_with_the_work(tmp_path: Path, floor: int
             for process in alive:
                 process.kill()
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
-    told = json.loads(ran.stdout.strip().splitlines()[-1])
+    told = next(json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{"))  # Ray prints, too
     print(f"(replicas, nodes) seen: {told['seen']}; {told['answers']} answers, {len(told['failures'])} failed")
     assert not told["failures"]
     assert told["last"] == 200

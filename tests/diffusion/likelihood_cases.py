@@ -83,7 +83,7 @@ class UniformLevels:
     def __init__(self, pixels: PixelGrid = PIXELS) -> None:
         self.values = pixels.first + pixels.bin * torch.arange(pixels.levels, dtype=torch.float64)
 
-    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         distance = (y[..., None] - self.values) / shaped(torch.exp(gamma / 2), y)[..., None]
         return Prediction((torch.softmax(-0.5 * distance**2, -1) * self.values).sum(-1))
 

@@ -108,7 +108,7 @@ def affine_coefficients(
 def gaussian_pixel(mean: float, variance: float) -> Callable[..., Prediction]:
     """The oracle of one pixel, x ~ N(mean, variance)."""
 
-    def answer(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def answer(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         share = variance / (variance + torch.exp(gamma)).view(-1, 1, 1, 1)
         return Prediction(mean + share * (y - mean))
 

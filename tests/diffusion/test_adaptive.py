@@ -91,7 +91,7 @@ def test_evaluations_on_a_field_of_images() -> None:
     y = prior(PROCESS, (8, 1, 8, 8), noise, dtype=F64)
     asked: list[int] = []
 
-    def answer(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def answer(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         asked.append(len(y))
         return field(y, gamma, conditioning)
 

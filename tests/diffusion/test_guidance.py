@@ -48,7 +48,7 @@ def test_guidance_is_sampling_with_the_extrapolated_answer(name: str, scale: flo
     """The inner procedure takes x_hat + (scale - 1)(x_hat - reference) and recomputes eps_hat from its own y."""
 
     def extrapolated(reference: Any) -> Any:
-        def answer(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+        def answer(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
             main = CLASSES(y, gamma, conditioning).x_hat
             other = reference(y, gamma, conditioning)
             return Prediction(other + scale * (main - other))

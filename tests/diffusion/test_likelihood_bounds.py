@@ -144,7 +144,7 @@ class Shrink:
     def __init__(self, variance: float, head: float | None = None) -> None:
         self.variance, self.head = variance, head
 
-    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         gain = self.variance / (self.variance + torch.exp(gamma.view(-1, *[1] * (y.ndim - 1))))
         return Prediction(gain * y, None if self.head is None else torch.full_like(y, self.head))
 

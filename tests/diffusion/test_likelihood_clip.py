@@ -28,7 +28,7 @@ class Rough(nn.Module):
         super().__init__()
         self.limit = limit
 
-    def forward(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def forward(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         s = torch.exp(gamma / 2).view(-1, 1, 1, 1)
         return Prediction((y / (1 + s**2) + 0.01 * s).to(y.dtype).clamp(-self.limit, self.limit))
 

@@ -145,7 +145,7 @@ class Linear:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
 
-    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         return Prediction((y.flatten(1) @ self.matrix.T).view_as(y))
 
 
@@ -287,7 +287,7 @@ def test_exact_trace_is_refused_above_its_limit() -> None:
 class Broken:
     """Answers nan above a level, for one image."""
 
-    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         bad = (gamma > -5) & (gamma < -3) & (y.flatten(1).sum(1) > 0)
         return Prediction(torch.where(bad.view(-1, 1, 1, 1), math.nan, 0.5 * y))
 
@@ -306,7 +306,7 @@ def test_not_a_number_is_named() -> None:
 def test_a_stiff_network_ends_in_a_clear_error() -> None:
     """A rough Jacobian: steps shrink, evaluations are bounded, and the error names the place."""
 
-    def rough(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def rough(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         return Prediction(0.5 * y + 0.1 * torch.sin(3e4 * y))
 
     with pytest.raises(ValueError, match="raise max_evaluations, or take a tolerance above"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import NO_LABEL, Conditioning
 from pipeline.diffusion.denoiser import Denoiser, shaped
-from pipeline.diffusion.loss import DENSITIES, WEIGHTS, draw_noise, draw_uniform, drop_labels, noisy, quarters
+from pipeline.diffusion.loss import DENSITIES, WEIGHTS, binned, draw_noise, draw_uniform, drop_labels, noisy
 from pipeline.diffusion.objective import OBJECTIVES, EDMLoss, Loss, Simple, Weighted
 from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
 from pipeline.diffusion.scaling import SCALINGS
@@ -215,10 +215,10 @@ def test_label_dropout() -> None:
 # --- the loss as a value --------------------------------------------------------------------------
 
 
-def test_quarters() -> None:
+def test_bins_of_levels() -> None:
     gamma = torch.tensor([-9.0, -8.0, -5.6, -5.4, 4.9, 5.0], dtype=torch.float64)
     values = torch.arange(1.0, 7.0, dtype=torch.float64)
-    sums = quarters(Loss(values, {}, gamma), -9.0, 5.0)
+    sums = binned(values, gamma, -9.0, 5.0, 4)
     assert sums.tolist() == [[6.0, 3.0], [4.0, 1.0], [0.0, 0.0], [11.0, 2.0]]
 
 

@@ -1,6 +1,7 @@
 """Queries answered alone, together and in chunks; vector-Jacobian products; what the driver promises."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,29 @@ def test_chunked_answers_are_bit_equal_in_any_company(chunk: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("known", [(True, True, True), (True, False, True)])
+def test_a_known_level_changes_no_float_of_a_chunk(known: tuple[bool, ...]) -> None:
+    """Looked up or computed, alone or beside rows of the other way, in a whole chunk or a padded one."""
+    main = denoiser()
+    asked = [replace(query(n, n), gamma=torch.full((n,), 1.7 - n, dtype=F64)) for n in (1, 3, 4)]
+    told = [replace(q, shared=float(q.gamma[0]) if k else None) for q, k in zip(asked, known, strict=True)]
+    for chunk in (8, 5):
+        expected = answer_queries(networks(main=main), asked, chunk)
+        for one, other in zip(answer_queries(networks(main=main), told, chunk), expected, strict=True):
+            assert_close(one, other, exactly=True)
+
+
+@torch.no_grad()
+def test_what_is_told_of_an_image_is_padded_with_it_and_parts_the_queries() -> None:
+    """A chunk's missing rows carry every field of the conditioning; queries that differ in a field are not joined."""
+    main = denoiser()
+    told = replace(query(3), conditioning=Conditioning(torch.arange(3), torch.ones(3, 9)))
+    answers = answer_queries(networks(main=main), [told, query(2)], 4)
+    assert [len(answer.x_hat) for answer in answers] == [3, 2]
+    assert network_of(main).calls == [4, 4]
+
+
+@torch.no_grad()
 def test_products_are_vector_jacobian_products_of_x_hat() -> None:
     """Against the full Jacobian; the answer carries no graph, and no gradient is left on the network."""
     main = denoiser()
@@ -179,7 +203,7 @@ def test_finite_answers_pass() -> None:
 
 
 def test_any_answerer_may_stand_for_the_network() -> None:
-    def zero(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: float | None = None) -> Prediction:
+    def zero(y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
         return Prediction(torch.zeros_like(y))
 
     def procedure() -> Procedure[Tensor]:

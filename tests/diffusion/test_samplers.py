@@ -522,7 +522,7 @@ def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 12, generator=generator) / 4
 
-    def network(y: Tensor, gamma: Tensor, conditioning: Any, shared: float | None = None) -> Prediction:
+    def network(y: Tensor, gamma: Tensor, conditioning: Any, shared: object = None) -> Prediction:
         s = torch.exp(gamma / 2).float().view(-1, 1)
         return Prediction(torch.tanh((y / torch.sqrt(1 + s**2)) @ weight))
 
@@ -640,7 +640,7 @@ def test_an_answer_that_is_not_finite_is_named(name: str, bad: float) -> None:
     calls: list[float] = []
     oracle = mixture()
 
-    def network(y: Tensor, gamma: Tensor, conditioning: Any, shared: float | None = None) -> Prediction:
+    def network(y: Tensor, gamma: Tensor, conditioning: Any, shared: object = None) -> Prediction:
         calls.append(float(gamma[min(1, len(gamma) - 1)]))
         x_hat = oracle.denoise(y, gamma)
         if len(calls) >= 3:

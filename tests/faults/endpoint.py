@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from pipeline.cluster.http import make_app
 from pipeline.model import Model
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.ports import free_port
-from pipeline.serving.requests import ServingConfig
 from pipeline.serving.service import Identity, Service
+from pipeline.web.app import make_app
 
 
 @dataclass(frozen=True)

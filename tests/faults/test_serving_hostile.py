@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline.model import Model, load
-from pipeline.serving.requests import ServingConfig
+from pipeline.serving.config import ServingConfig
 from tests.faults.endpoint import Endpoint, serving
 from tests.faults.hostile_requests import GENERATE, MOST_BYTES, MOST_IMAGES, Hostile, all_requests
 from tests.serving.tiny import save_tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.model import Model, load
-from pipeline.serving.requests import ServingConfig
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.service import Identity, Service
 from tests.serving.tiny import save_tiny
 

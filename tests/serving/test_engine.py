@@ -1,6 +1,5 @@
 """The engine: the same floats in any company, requests that come, go, fail and expire without touching the others."""
 
-import dataclasses
 import random
 import threading
 import time
@@ -15,19 +14,11 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood import ESTIMATORS
-from pipeline.diffusion.procedure import Procedure, Query, answer_queries, drive
+from pipeline.diffusion.procedure import Procedure, Query, drive
 from pipeline.diffusion.samplers import SAMPLERS
-from pipeline.model import Model, Sampling, Scoring, build
-from pipeline.serving.calls import answer_at_once
-from pipeline.serving.engine import (
-    DeadlineExceeded,
-    Engine,
-    EngineBusy,
-    EngineClosed,
-    NotFinite,
-    Outcome,
-    Progress,
-)
+from pipeline.model import Model, Sampling, Scoring
+from pipeline.serving.engine import Engine, Progress
+from pipeline.serving.outcomes import DeadlineExceeded, EngineBusy, EngineClosed, NotFinite, Outcome
 
 CHUNK = 4
 
@@ -107,53 +98,27 @@ def floats(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.stack([value.nats, *value.parts.values()])
 
 
-def test_every_request_has_the_same_floats_alone_and_in_any_mix(tiny: Model, engine: Engine) -> None:
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mixes", [2, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_request_has_the_same_floats_alone_and_in_any_mix(tiny: Model, engine: Engine, mixes: int) -> None:
+    """Also in another engine, as after a restart, and by the offline driver."""
     requests = mixed_requests(tiny, 20)
     alone = [floats(engine.submit(build, rows=n).result(60).value) for n, build in requests]
     offline = [floats(drive(build(), tiny.networks, chunk=CHUNK)) for _, build in requests[:8]]
     assert all(torch.equal(a, b) for a, b in zip(alone, offline, strict=False)), "engine and offline driver disagree"
-    draw = random.Random(1)
-    for _ in range(2):
-        order = draw.sample(range(len(requests)), len(requests))
-        futures = {index: engine.submit(requests[index][1], rows=requests[index][0]) for index in order}
-        different = [index for index in order if not torch.equal(floats(futures[index].result(60).value), alone[index])]
-        assert not different
+    draw, answers, different = random.Random(1), 0, list[tuple[int, int]]()
+    with Engine(tiny.networks, chunk=CHUNK, threads=1) as other:
+        for mix in range(mixes):
+            order = draw.sample(range(len(requests)), draw.randint(2, 6) if mix else len(requests))
+            asked = engine if mix % 2 else other
+            futures = {index: asked.submit(requests[index][1], rows=requests[index][0]) for index in order}
+            answered = {index: floats(future.result(60).value) for index, future in futures.items()}
+            different += [(mix, index) for index, value in answered.items() if not torch.equal(value, alone[index])]
+            answers += len(order)
+    print(f"{mixes} mixes, {answers} answers, {len(different)} of them different from the one alone")
+    assert not different
     load = engine.load()
-    assert load.finished == 3 * len(requests)
-    assert load.failed == 0
-    assert load.queued_cost == 0
-    assert load.live_rows == 0
-
-
-def test_one_call_has_the_floats_of_the_offline_driver(tiny: Model) -> None:
-    """With levels looked up, computed, and both in one call; with a row missing; with a learned variance."""
-    config = dataclasses.replace(tiny.config, learned_variance=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        learned = Model(config, build(config))
-    y = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    label = Conditioning(torch.arange(7))
-
-    def query(start: int, stop: int, gamma: float, known: bool) -> Query:
-        level = torch.full((stop - start,), gamma, dtype=torch.float64)
-        return Query(y[start:stop], level, label[slice(start, stop)], shared=gamma if known else None)
-
-    for model in (tiny, learned):
-        for known in ((True, True, True), (False, False, False), (True, False, True)):
-            places = ((0, 1), (1, 4), (4, 7))
-            queries = [query(*place, gamma, k) for place, gamma, k in zip(places, (3.0, -2.5, 0.1), known, strict=True)]
-            with torch.no_grad():
-                answers, fine = answer_at_once(model.networks, queries, [1, 3, 3], 8)
-                expected = answer_queries(model.networks, queries, 8)
-            assert fine
-            for got, wanted in zip(answers, expected, strict=True):
-                assert torch.equal(got.x_hat, wanted.x_hat)
-                assert not got.x_hat.is_inference()
-                if wanted.variance is None or got.variance is None:
-                    assert wanted.variance is got.variance is None
-                else:
-                    assert torch.equal(got.variance, wanted.variance)
-                    assert not got.variance.is_inference()
+    assert load.failed == load.queued_cost == load.live_rows == 0
 
 
 def test_every_sampler_and_estimator_is_served(tiny: Model, engine: Engine) -> None:

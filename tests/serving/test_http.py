@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cluster.http import make_app
 from pipeline.data.images import decode, encode_png
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.logs import JsonLines
 from pipeline.serving.quotas import Quotas
-from pipeline.serving.requests import Refused
+from pipeline.serving.refusals import Refused
 from pipeline.serving.service import Service
+from pipeline.web.app import make_app
 
 GENERATE, SCORE = "/v1/images/generations", "/v1/likelihood"
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import uvicorn
 
-from pipeline.cluster.http import make_app
 from pipeline.data.images import encode_png
 from pipeline.serving.service import Service
+from pipeline.web.app import make_app
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 pytestmark = pytest.mark.skipif(

@@ -11,20 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config import load_config
 from pipeline.data.images import encode_png
 from pipeline.model import Model
+from pipeline.serving.config import ServingConfig
+from pipeline.serving.forms import parse_form
 from pipeline.serving.plans import plan_generation, plan_likelihood
-from pipeline.serving.requests import (
-    GenerationRequest,
-    LikelihoodOptions,
-    Refused,
-    RequestError,
-    ServingConfig,
-    decode_base64,
-    parse_body,
-    parse_form,
-)
+from pipeline.serving.refusals import Refused, RequestError
+from pipeline.serving.requests import GenerationRequest, LikelihoodOptions, decode_base64, parse_body
 
+RUN_FILE = "jobs/configs/digits.yaml"
 PART = b'--x\r\nContent-Disposition: form-data; name="seed"\r\n\r\n'
 CONFIG = ServingConfig(max_images=16, max_steps=64)
 
@@ -88,6 +84,17 @@ def test_cost_counts_images_evaluations_and_both_rows_of_guidance(tiny: Model) -
     with pytest.raises(RequestError, match=r"4 images x 19 network evaluations x 64 pixels") as caught:
         plan(tiny, tight, n=4, sampler="heun", steps=10)
     assert caught.value.code == "request_too_large"
+
+
+def test_what_is_too_large_names_the_command_that_makes_the_same_images(tiny: Model) -> None:
+    fields = {"labels": 3, "sampler": "ancestral", "steps": 7, "grid": "uniform_t", "options": {"clip": None}}
+    tight = ServingConfig(max_request_cost=64 * 7 * 8)
+    for config, n in ((CONFIG, 17), (tight, 9)):
+        with pytest.raises(RequestError, match=r"python -m jobs\.sample RUN_FILE") as caught:
+            plan(tiny, config, n=n, **fields)
+        words = str(caught.value).partition("made by: ")[2].split()
+        assert words[3:9] == ["RUN_FILE", "--images", str(n), "--seed", "1", "--labels=3"]
+        assert load_config(RUN_FILE, words[9:]).evaluation.sampling == plan(tiny, n=1, **fields).how
 
 
 def test_a_prompt_is_a_class(tiny: Model) -> None:

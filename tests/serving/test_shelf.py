@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pipeline.model import load
-from pipeline.serving.requests import Refused, ServingConfig
+from pipeline.serving.config import ServingConfig
+from pipeline.serving.refusals import Refused
 from pipeline.serving.service import Identity, Service
 from pipeline.serving.shelf import Shelf
 

@@ -205,8 +205,9 @@ function showLineage(answer) {
 async function scoreTile(image, label) {
   const bytes = Uint8Array.from(atob(image.src.split(",")[1]), (letter) => letter.charCodeAt(0));
   byId("score-class").value = String(label);
-  await score([new File([bytes], "image.png", { type: "image/png" })]);
-  byId("score-title").scrollIntoView({ behavior: "smooth", block: "start" });
+  await score([new File([bytes], `${image.alt.split(",")[0].toLowerCase().replace(" ", "-")}.png`, { type: "image/png" })]);
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  byId("score-title").scrollIntoView({ behavior: still ? "auto" : "smooth", block: "start" });
 }
 
 async function score(files) {
@@ -254,6 +255,9 @@ async function result(item, file, answer) {
 
 function charts(item, estimator, bits) {
   const figure = make("figure", {}, partsBar(item.parts_nats, bits));
+  if (Object.values(item.parts_nats).some((nats) => nats < 0)) {
+    figure.append(make("figcaption", { textContent: "Negative parts lie left of the line." }));
+  }
   const held = state.model.held_out[estimator];
   if (!held) {
     figure.append(make("figcaption", { textContent: "The model's card has no held-out scores by this estimator." }));

@@ -1,0 +1,160 @@
+"""The routes: the page, health, models, and the three that ask a model."""
+
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from pipeline.serving.forms import parse_form
+from pipeline.serving.refusals import RequestError
+from pipeline.serving.requests import (
+    LARGEST_SEED,
+    EncodingRequest,
+    GenerationRequest,
+    LikelihoodOptions,
+    LikelihoodRequest,
+    decode_base64,
+    parse_body,
+)
+from pipeline.web.bodies import as_json, media_type, needs, read_body
+from pipeline.web.door import Backend, Door
+from pipeline.web.errors import ERRORS, refusing
+from pipeline.web.events import EventStream, last_event, sent_events, unseen
+
+PAGE = {  # route: file of the page folder, its media type
+    "/": ("index.html", "text/html"),
+    "/app.js": ("app.js", "text/javascript"),
+    "/style.css": ("style.css", "text/css"),
+    "/docs": ("docs.html", "text/html"),
+    "/docs.js": ("docs.js", "text/javascript"),
+}
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
+
+
+def add_page(app: FastAPI) -> None:
+    """The playground and the API's description."""
+    folder = files("pipeline.web") / "page"
+
+    def serving(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+        async def page() -> Response:
+            return Response(content, media_type=f"{kind}; charset=utf-8", headers=PAGE_HEADERS)
+
+        return page
+
+    for route, (name, kind) in PAGE.items():
+        app.get(route, include_in_schema=False)(serving((folder / name).read_bytes(), kind))
+
+
+def add_health(app: FastAPI, backend: Backend) -> None:
+    """For what watches: alive, and ready."""
+
+    @app.get("/healthz", summary="The HTTP side answers")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="A replica is warmed up and has passed its self-test", responses=ERRORS)
+    async def readyz(request: Request) -> dict[str, Any]:
+        with refusing(request):
+            facts = await backend.describe()
+        return {"status": "ready", "model": facts["id"], "self_test": facts["self_test"]}
+
+
+def add_models(app: FastAPI, backend: Backend) -> None:
+    """What is served."""
+    listed = ("id", "object", "created", "owned_by", "version", "digest", "aliases")
+
+    @app.get("/v1/models", summary="The served models", responses=ERRORS)
+    async def models(request: Request) -> dict[str, Any]:
+        with refusing(request):
+            found = await backend.models()
+        return {"object": "list", "data": [{name: each[name] for name in listed} for each in found]}
+
+    @app.get("/v1/models/{model_id:path}", summary="A model: its card, samplers, estimators, limits", responses=ERRORS)
+    async def model(request: Request, model_id: str) -> dict[str, Any]:
+        with refusing(request):
+            return await backend.describe(model_id)
+
+
+def add_generation(app: FastAPI, door: Door) -> None:
+    """Images, whole or as a stream."""
+
+    @app.post(
+        "/v1/images/generations",
+        summary="Make images",
+        description="With `stream`, an event's id is its evaluation: asked again with the same seed and that id in "
+        "Last-Event-ID, a broken stream goes on after it.",
+        responses=ERRORS,
+        openapi_extra=_request_body({"application/json": GenerationRequest.model_json_schema()}),
+    )
+    async def generations(request: Request) -> Response:
+        with refusing(request):
+            needs(request, "application/json")
+            asked = parse_body(GenerationRequest, as_json(await read_body(request, door.config.max_request_bytes)))
+            fields = asked.model_dump(exclude_defaults=True)
+            after = last_event(request, asked)
+            seed = secrets.randbelow(LARGEST_SEED + 1) if asked.seed is None else asked.seed
+            await door.charge(request, "generate", fields, seed)
+            if not asked.stream:
+                return door.answer(request, await door.backend.generate(fields, seed))
+            events = unseen(door.backend.stream(fields, seed), after)
+            first = await anext(events)  # what is refused at once is refused with its own status
+        return EventStream(sent_events(first, events, request, door))
+
+
+def add_likelihood(app: FastAPI, door: Door) -> None:
+    """Bits/dim, of JSON or of a form's files."""
+    form = LikelihoodOptions.model_json_schema()
+    form["properties"]["images"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    bodies = {"application/json": LikelihoodRequest.model_json_schema(), "multipart/form-data": form}
+
+    @app.post(
+        "/v1/likelihood",
+        summary="Score images: bits/dim, its parts and standard error",
+        responses=ERRORS,
+        openapi_extra=_request_body(bodies),
+    )
+    async def likelihood(request: Request) -> Response:
+        with refusing(request):
+            needs(request, "application/json", "multipart/form-data")
+            body = await read_body(request, door.config.max_request_bytes)
+            if media_type(request) == "application/json":
+                asked = parse_body(LikelihoodRequest, as_json(body))
+                encoded = decode_base64(asked.images)
+            else:
+                fields, encoded = parse_form(request.headers["content-type"], body)
+                asked = parse_body(LikelihoodOptions, fields)
+                if not encoded:
+                    raise RequestError("no file was sent as 'images'", "images", code="missing_parameter")
+            fields = asked.model_dump(exclude_defaults=True, exclude={"images"})
+            await door.charge(request, "likelihood", fields, encoded, asked.seed or 0)
+            return door.answer(request, await door.backend.likelihood(fields, encoded, asked.seed or 0))
+
+
+def add_encoding(app: FastAPI, door: Door) -> None:
+    """Latents and back."""
+
+    @app.post(
+        "/v1/encodings",
+        summary="Images to latents along the probability flow, and back",
+        responses=ERRORS,
+        openapi_extra=_request_body({"application/json": EncodingRequest.model_json_schema()}),
+    )
+    async def encodings(request: Request) -> Response:
+        with refusing(request):
+            needs(request, "application/json")
+            asked = parse_body(EncodingRequest, as_json(await read_body(request, door.config.max_request_bytes)))
+            fields = asked.model_dump(exclude_defaults=True)
+            await door.charge(request, "encode", fields)
+            return door.answer(request, await door.backend.encode(fields))
+
+
+def _request_body(schemas: Mapping[str, Any]) -> dict[str, Any]:
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}

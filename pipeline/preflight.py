@@ -1,6 +1,7 @@
 """What keeps a run from starting, all of it at once and before any work is done."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline import assembly
@@ -63,8 +64,10 @@ def tracked(config: "RunConfig") -> None:
 
 
 def writable(output: str) -> None:
-    """Raises ValueError where nothing can be written at `output`."""
-    probe = storage.join(output, PROBE)
+    """Raises ValueError where nothing can be written at `output`; makes no folder."""
+    local = storage.local_path(output)
+    place = output if local is None else next(path for path in (Path(local), *Path(local).parents) if path.exists())
+    probe = storage.join(str(place), PROBE)
     try:
         storage.write_bytes(probe, b"")
         storage.delete(probe)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from pipeline import assembly
 from pipeline.cluster import capacity, hang
@@ -104,6 +105,16 @@ class _Fitting(threading.Thread):
             self.error = error
 
 
+class Trainer(TorchTrainer):
+    """Without Ray Train's cleaner of placement groups, which go with their job anyway: it asks Ray's state API every
+    second, and where that does not answer the end of each training waits for it, 12 s.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made = super()._create_default_callbacks()
+        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 def trainer(config: "RunConfig", data: str, channel: Any) -> TorchTrainer:
     """Ray Train's description of the run on the shard set's version with digest `data`."""
     cluster, reserved = config.cluster, capacity.bundle(config)
@@ -115,7 +126,7 @@ def trainer(config: "RunConfig", data: str, channel: Any) -> TorchTrainer:
     def run() -> None:  # bound here and not in train_loop_config, which the controller's process would load as well
         work(config, data, channel)
 
-    return TorchTrainer(
+    return Trainer(
         run,
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,

@@ -5,24 +5,19 @@ import math
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from pipeline.evaluation.pictures import grid as tiled
 from pipeline.training import events as say
 
 COLOURS = {"held-out, EMA": "#2f7ed8", "held-out, raw": "#e07b39", "training objective": "#2ca58d"}
 
 
-def grid(pixels: Any) -> Any:
-    """Images uint8 (n, C, H, W) as one picture, array (height, width, 3): white lines between, small ones enlarged."""
-    images = pixels.numpy()
-    n, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    page = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, dtype=np.uint8)
-    for index, image in enumerate(images):
-        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
-        page[top : top + height, left : left + width] = image.transpose(1, 2, 0)
-    scale = max(1, 256 // max(page.shape[:2]))
-    return page.repeat(scale, 0).repeat(scale, 1)
+def grid(pixels: Tensor) -> Any:
+    """Images uint8 (n, C, H, W) as one picture, array (height, width, C), small ones enlarged."""
+    picture = tiled(pixels, math.ceil(math.sqrt(len(pixels)))).permute(1, 2, 0).numpy()
+    scale = max(1, 256 // max(picture.shape[:2]))
+    return picture.repeat(scale, 0).repeat(scale, 1)
 
 
 def curve(event: say.Curve) -> Any:

@@ -26,7 +26,7 @@ WITHOUT_PEER = ("edm_cifar10",)  # diffusers has no such network
 BARS = {
     "diffusers": 1.10,
     "lucidrains": 1.40,
-    "conv3x3_nchw": 0.70,
+    "conv3x3": 0.70,
     "diffusers_tail": 2.5,
 }  # on a CPU, for model base32 in float32
 
@@ -47,7 +47,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     add("--steps", type=int, help="steps a round [1 on a CPU, 10 on a GPU]")
     add("--precision", choices=("fp32", "bf16"), help="[fp32 on a CPU, bf16 on a GPU]")
     add("--compile", default="none", help="none, default, reduce-overhead, max-autotune-no-cudagraphs; ours by blocks")
-    add("--contestants", help="comma-separated: ours, diffusers, diffusers_compiled, lucidrains, conv3x3_nchw, ...")
+    add("--contestants", help="comma-separated: ours, diffusers, diffusers_compiled, lucidrains, conv3x3, ...")
     add("--python", action="append", default=[], metavar="NAME=PATH", help="interpreter of one contestant")
     add("--peer-width", type=int, default=34, help="width of lucidrains' Unet, for equal operations [34]")
     add("--profile", action="store_true", help="also say where the time of our step goes")
@@ -325,7 +325,7 @@ def main(argv: list[str]) -> int:
         return work(args)
     peers = ["diffusers"] + (["diffusers_compiled"] if args.device == "cuda" else [])
     default = ["ours", *(peers if args.model not in WITHOUT_PEER else [])]
-    default += ["conv3x3_nchw", "conv3x3_nhwc"] if args.device == "cpu" else []
+    default += ["conv3x3", "conv3x3_kept", "conv3x3_kept_nhwc"] if args.device == "cpu" else []
     names = args.contestants.split(",") if args.contestants else default
     found = record(args, list(compare(args, names)))
     show(found)

@@ -93,7 +93,7 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     n, channels, h, w = qkv.shape
     width = channels // (3 * heads)
     tokens = qkv.flatten(2).transpose(1, 2).contiguous()  # a view in channels_last
-    q, k, v = tokens.unflatten(2, (heads, 3, width)).permute(3, 0, 2, 1, 4).unbind(0)
+    q, k, v = (part.transpose(1, 2) for part in tokens.unflatten(2, (heads, 3, width)).unbind(3))
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(n, h * w, heads * width).transpose(1, 2).unflatten(2, (h, w))
 

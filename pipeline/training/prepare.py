@@ -2,6 +2,7 @@
 blocks, activations computed twice in place of kept. Names of weights stay as they are.
 """
 
+import importlib
 from functools import partial
 from typing import TypeVar
 
@@ -10,6 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 COMPILE = ("none", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
+SHAPES = (
+    128  # of blocks that share a forward and are compiled, in training and in evaluation; past them torch runs eager
+)
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -33,6 +37,8 @@ def compile_blocks(network: nn.Module, mode: str) -> None:
     """
     if mode == "none":
         return
+    dynamo = importlib.import_module("torch._dynamo")  # 1.5 s, for those who compile alone
+    dynamo.config.recompile_limit = max(SHAPES, dynamo.config.recompile_limit)
     for block in blocks(network):
         block.compile(mode=None if mode == "default" else mode)
 

@@ -29,7 +29,7 @@ def test_a_comparison_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--contestants", "nobody"]])
 def test_what_cannot_be_measured_is_refused(wrong: list[str]) -> None:
-    options = ["--model", "tiny_unet", "--batch", "1", "--contestants", "conv3x3_nhwc"]
+    options = ["--model", "tiny_unet", "--batch", "1", "--contestants", "conv3x3_kept_nhwc"]
     with pytest.raises(ValueError, match=r"at least 1|ended with exit code"):
         step.main([*options, *wrong])
 

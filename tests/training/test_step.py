@@ -195,3 +195,24 @@ def test_compiled_blocks_give_the_same() -> None:
     torch.testing.assert_close(network(z, level, Conditioning()), expected, rtol=1e-4, atol=1e-5)
     assert set(network.state_dict()) == names
     assert len(blocks(network)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, when it compiles
+def test_every_shape_of_block_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A U-Net's blocks share one forward in more shapes than torch compiles of one function by default (8), after
+    which it would run the rest eagerly. The compiler here traces and compiles nothing, which is what counts shapes."""
+    import torch._dynamo
+
+    def traced(block: torch.nn.Module, mode: str | None = None) -> None:
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager", mode=mode)  # pyright: ignore
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    network = backbones.build(
+        backbones.UNetConfig(base_width=8, multipliers=(1, 2, 3), blocks=1, attention_at=(4,)), 1, 16, 0, 1
+    )
+    compile_blocks(network, "default")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        network(torch.randn(2, 1, 16, 16), torch.rand(2), Conditioning())

@@ -147,8 +147,9 @@ def _decode_each(payloads: Sequence[memoryview], out: UInt8s, first: int) -> Non
     flag = cv2.IMREAD_GRAYSCALE if out.shape[3] == 1 else cv2.IMREAD_COLOR_RGB
     colours = "GRAY" if out.shape[3] == 1 else "RGB"
     for i, (payload, into) in enumerate(zip(payloads, out, strict=True), first):
+        jpeg = payload[:2] == JPG
         try:
-            if payload[:2] == JPG:
+            if jpeg:
                 made = simplejpeg.decode_jpeg(payload, colours, buffer=into)
             else:
                 made = _imdecode(np.frombuffer(payload, np.uint8), flag)
@@ -156,7 +157,7 @@ def _decode_each(payloads: Sequence[memoryview], out: UInt8s, first: int) -> Non
             raise Refused(i, str(error)) from None
         if made.shape[:2] != into.shape[:2]:
             raise Refused(i, f"{made.shape[1]} x {made.shape[0]} pixels, not {into.shape[1]} x {into.shape[0]}")
-        if not np.may_share_memory(made, into):
+        if not jpeg:
             into[...] = made.reshape(into.shape)
 
 

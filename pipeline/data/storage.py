@@ -437,11 +437,16 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    parent = os.open(folder, os.O_RDONLY)
+    sync_folder(folder)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Waits until the names in a local folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(parent)
+        os.fsync(handle)
     finally:
-        os.close(parent)
+        os.close(handle)
 
 
 @lru_cache(maxsize=1)

@@ -160,8 +160,7 @@ class Denoiser(nn.Module):
             return self._at_shared_level(y, gamma, conditioning, shared)
         rows = self._coefficients(gamma.double()) if shared is None else self._looked_up(gamma, shared).unbind(1)
         c_in, c_skip, c_out, level = rows
-        output = self.network((shaped(c_in, y) * y).to(self.dtype), level.to(self.dtype), conditioning)
-        output, variance = self._split(output)
+        output, variance = self._split(self._output(y, c_in, level, conditioning))
         x_hat = torch.addcmul(shaped(c_skip, y) * y, shaped(c_out, y), output.to(y.dtype))
         return Prediction(x_hat, variance)
 
@@ -222,8 +221,10 @@ class Denoiser(nn.Module):
     def raw(self, y: Tensor, gamma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output F (n, C or 2 C, ...) itself, for objectives that are stated on it."""
         gamma = gamma.double()
-        c_in = self.network_input(self.parameterization, gamma)
-        level = self.level(self.schedule, gamma)
+        c_in, level = self.network_input(self.parameterization, gamma), self.level(self.schedule, gamma)
+        return self._output(y, c_in, level, conditioning)
+
+    def _output(self, y: Tensor, c_in: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         return self.network((shaped(c_in, y) * y).to(self.dtype), level.to(self.dtype), conditioning)
 
     def check_levels(self, gammas: Tensor) -> None:

@@ -15,14 +15,14 @@ LARGEST_SEED = 2**53 - 1  # a JavaScript client can still name it exactly
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-B = TypeVar("B", bound=_Body)
+Asked = TypeVar("Asked", bound=Body)
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(Body):
     """`POST /v1/images/generations`: the OpenAI fields that mean something here, and ours."""
 
     model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
@@ -50,7 +50,7 @@ class GenerationRequest(_Body):
     )
 
 
-class LikelihoodOptions(_Body):
+class LikelihoodOptions(Body):
     """`POST /v1/likelihood` but for the images: the fields of its multipart form, which has the images as files."""
 
     model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
@@ -61,7 +61,7 @@ class LikelihoodOptions(_Body):
     options: dict[str, OptionValue] = Field(default_factory=dict, max_length=32, description="the estimator's options")
 
 
-class EncodingRequest(_Body):
+class EncodingRequest(Body):
     """`POST /v1/encodings`: images to latents along the probability flow, or latents back to images."""
 
     model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
@@ -82,7 +82,7 @@ class LikelihoodRequest(LikelihoodOptions):
     images: list[str] = Field(min_length=1, description="base64 of each jpg, png or webp, or a data: URL")
 
 
-def parse_body(body: type[B], data: Any) -> B:
+def parse_body(body: type[Asked], data: Any) -> Asked:
     """A request of that kind from plain values.
 
     Raises:

@@ -11,7 +11,6 @@ every file, and every folder that got or lost a name, is on the disk before the 
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -181,13 +180,8 @@ def _make_folder(url: str) -> None:
 
 def _sync(url: str) -> None:
     path = storage.local_path(url)
-    if path is None or not path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if path is not None and path.is_dir():
+        storage.sync_folder(path)
 
 
 def _verified(url: str, found: Record) -> Iterator[tuple[str, bytes]]:

@@ -12,6 +12,7 @@ from pipeline.serving.forms import parse_form
 from pipeline.serving.refusals import RequestError
 from pipeline.serving.requests import (
     LARGEST_SEED,
+    Asked,
     EncodingRequest,
     GenerationRequest,
     LikelihoodOptions,
@@ -95,8 +96,7 @@ def add_generation(app: FastAPI, door: Door) -> None:
     )
     async def generations(request: Request) -> Response:
         with refusing(request):
-            needs(request, "application/json")
-            asked = parse_body(GenerationRequest, as_json(await read_body(request, door.config.max_request_bytes)))
+            asked = await _json(request, GenerationRequest, door)
             fields = asked.model_dump(exclude_defaults=True)
             after = last_event(request, asked)
             seed = secrets.randbelow(LARGEST_SEED + 1) if asked.seed is None else asked.seed
@@ -148,11 +148,16 @@ def add_encoding(app: FastAPI, door: Door) -> None:
     )
     async def encodings(request: Request) -> Response:
         with refusing(request):
-            needs(request, "application/json")
-            asked = parse_body(EncodingRequest, as_json(await read_body(request, door.config.max_request_bytes)))
+            asked = await _json(request, EncodingRequest, door)
             fields = asked.model_dump(exclude_defaults=True)
             await door.charge(request, "encode", fields)
             return door.answer(request, await door.backend.encode(fields))
+
+
+async def _json(request: Request, kind: type[Asked], door: Door) -> Asked:
+    """A body that must be JSON, as a request of this kind."""
+    needs(request, "application/json")
+    return parse_body(kind, as_json(await read_body(request, door.config.max_request_bytes)))
 
 
 def _request_body(schemas: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import simplejpeg
 import torch
 
 from pipeline.data import images
@@ -188,8 +189,8 @@ def decoders(encoded: list[bytes], kind: str) -> dict[str, Reader]:
         return lambda: sum(1 for data in encoded if one(data) is not None)
 
     found = {name: looped(lambda data, name=name: _pixels(data, name)) for name in ("cv2", "pillow")}
-    if kind == "jpg" and importlib.util.find_spec("simplejpeg"):
-        found["simplejpeg"] = looped(importlib.import_module("simplejpeg").decode_jpeg)
+    if kind == "jpg":
+        found["simplejpeg"] = looped(simplejpeg.decode_jpeg)
     if importlib.util.find_spec("pyvips"):
         pyvips: Any = importlib.import_module("pyvips")
         found["pyvips"] = looped(lambda data: pyvips.Image.new_from_buffer(data, "").numpy())

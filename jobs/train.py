@@ -88,8 +88,8 @@ def _train_here(config: RunConfig, sinks: Sink) -> say.Finished:
     with stop_on_signals() as stop:
         for event in train_here(config, stop):
             sinks(event)
-            if isinstance(event, say.Step) and machine.due():
-                sinks(say.System(event.step, event.images, machine.sample()))
+            if (sampled := machine.after(event)) is not None:
+                sinks(sampled)
             if isinstance(event, say.Finished):
                 return event
     raise RuntimeError("the training ended without saying so: this is a bug")

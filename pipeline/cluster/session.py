@@ -5,6 +5,7 @@ lasts.
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for this poll: 2 s by default
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a proxy that died is replaced after three of them: 30 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else a worker's lines come twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+LISTEN_S = 10.0
 
 
 def prepare_environment() -> None:
@@ -52,6 +55,7 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
+        _must_listen(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:
@@ -69,6 +73,21 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
         yield
     finally:
         ray.shutdown()
+
+
+def _must_listen(address: str) -> None:
+    """Ray itself waits over a minute for an address where nothing is.
+
+    Raises:
+        ConnectionError: nothing listens there. An address without a port ("auto") is left to Ray.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTEN_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing listens at {address}, where a Ray cluster should be: {error}") from error
 
 
 def result(reference: Any) -> Any:

@@ -50,8 +50,8 @@ def _train(config: "RunConfig", data: str, place: Place, speaker: Speaker) -> No
             speaker.step = event.step
         if place.rank == 0:
             speaker.say(say.encode(event))
-        if isinstance(event, say.Step) and machine.due():
-            speaker.say(say.encode(say.System(event.step, event.images, machine.sample())))
+        if (sampled := machine.after(event)) is not None:
+            speaker.say(say.encode(sampled))
         if isinstance(event, say.CheckpointBegun):
             speaker.doing = "save"
         reported.see(event)

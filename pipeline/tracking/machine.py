@@ -5,6 +5,8 @@ import time
 import psutil
 import torch
 
+from pipeline.training import events as say
+
 EVERY_S = 10.0
 MIB, GIB = 2**20, 2**30
 
@@ -20,8 +22,11 @@ class Machine:
         self.at, self.sent, self.received = 0.0, 0, 0
         self.sample()
 
-    def due(self) -> bool:
-        return time.monotonic() - self.at >= EVERY_S
+    def after(self, event: say.Event) -> say.System | None:
+        """What is to be said after an event: every `EVERY_S` seconds, once a step has ended, a sample."""
+        if not isinstance(event, say.Step) or time.monotonic() - self.at < EVERY_S:
+            return None
+        return say.System(event.step, event.images, self.sample())
 
     def sample(self) -> dict[str, float]:
         """Metrics by key, of the time since the last call."""

@@ -16,7 +16,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardConfig, shard_in_process
 from pipeline.training import checkpoint
 from tests.cluster.test_train import run_config
-from tests.data.folders import write_images
+from tests.data.folders import small_set, write_images
 from tests.tracking.database import database
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of its libraries
@@ -24,9 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow'
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    folder = tmp_path_factory.mktemp("set")
-    write_images(folder / "images", 40, 8, 1)
-    return shard_in_process(ShardConfig(str(folder / "images"), str(folder / "set"), image_size=8, channels=1))
+    return small_set(tmp_path_factory.mktemp("set"), 40, held_out=0.1)
 
 
 @pytest.fixture

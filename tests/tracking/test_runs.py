@@ -14,12 +14,11 @@ import torch
 
 from pipeline.config import RunConfig, from_plain
 from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
 from pipeline.tracking import delivery, facts, pictures, runs, spool
 from pipeline.tracking.client import connect, without_secret
 from pipeline.tracking.spool import Spool
 from pipeline.training import events as say
-from tests.data.folders import write_images
+from tests.data.folders import small_set
 from tests.tracking import database as shared
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of its libraries
@@ -27,9 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow'
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    folder = tmp_path_factory.mktemp("set")
-    write_images(folder / "images", 40, 8, 1)
-    return shard_in_process(ShardConfig(str(folder / "images"), str(folder / "set"), image_size=8, channels=1))
+    return small_set(tmp_path_factory.mktemp("set"), 40, held_out=0.1)
 
 
 @pytest.fixture

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.data.manifest import Manifest
 
-KIND = (
-    "mlflow.experimentKind"  # an experiment's tag: its page opens on training runs, not on traces of a language model
-)
 STORED = "mlflow.json"  # beside the run's output: which MLflow run it is
 
 
@@ -99,7 +96,7 @@ def _experiment(client: "MlflowClient", config: "RunConfig") -> str:
     place = None
     if uri.startswith("sqlite:"):  # no server: pictures and files beside the database, not in the working directory
         place = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow-artifacts" / name)
-    return client.create_experiment(name, artifact_location=place, tags={KIND: "custom_model_development"})
+    return client.create_experiment(name, artifact_location=place)
 
 
 def _spool_path(config: "RunConfig") -> Path:

@@ -214,6 +214,7 @@ def record(args: argparse.Namespace, runners: list[Runner]) -> dict[str, Any]:
     clock = "wall_s" if args.device == "cuda" else "cpu_s"
     rows: dict[str, Any] = {}
     ours = next((runner for runner in runners if runner.name in ("ours", "our_tail")), None)
+    loop = next((runner for runner in runners if runner.name == "our_loop"), None)
     for runner in runners:
         step_s, flops = runner.median(clock), runner.facts.get("flops_per_image")
         row = {
@@ -229,6 +230,9 @@ def record(args: argparse.Namespace, runners: list[Runner]) -> dict[str, Any]:
             row["ours_starts_times_as_fast"] = started_in(runner) / started_in(ours)
         if ours is not None and runner.name == "our_loop":
             row["over_bare_step"] = ratio(runner, ours, clock)
+        if loop is not None and runner.name == "our_passes":
+            beyond = (whole[clock] - passes[clock] for whole, passes in zip(loop.rounds, runner.rounds, strict=True))
+            row["host_s"] = median(beyond)
         if runner.name.startswith("conv3x3"):
             rate = row["flops_per_s"] = 4 * 3 * 2 * args.batch * 32 * 32 * 64 * 64 * 9 / step_s
             row["share_of_it"] = ours and ours.facts["flops_per_image"] * args.batch / ours.median(clock) / rate
@@ -295,6 +299,8 @@ def show(found: dict[str, Any]) -> None:
             line += f", starts {row['ours_starts_times_as_fast']:.2f} times as fast"
         if row.get("over_bare_step"):
             line += f"; {row['over_bare_step']:.3f} of the bare step"
+        if row.get("host_s"):
+            line += f"; the loop takes {1e3 * row['host_s']:.1f} ms more a step"
         if row.get("share_of_it"):
             line += f"; ours reaches {row['share_of_it']:.2f} of it"
         print(

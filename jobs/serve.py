@@ -27,11 +27,12 @@ def run(config: RunConfig) -> str:
 
 def show() -> None:
     """What is served: each replica, its models and their load."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from pipeline.cluster import serve
 
-    table = Table("process", "model", "version", "digest", "in progress", "waiting", "evaluations owed", "done")
+    told = ("process", "model", "version", "digest", "in progress", "waiting", "evaluations owed", "done")
+    table = Table(*(Column(name, overflow="fold") for name in told))
     for replica in serve.status():
         for model in replica["models"]:
             load = model["load"]

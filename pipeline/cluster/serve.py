@@ -31,6 +31,7 @@ log = logging.getLogger("raydiffusion.serving")
 APPLICATION = "raydiffusion"
 ONGOING_REQUESTS = 512  # that may be with a replica; its engine has the real budget, in cost
 READY_TIMEOUT_S = 180.0
+HEALTH_CHECK_S = 2.0  # between looks at a replica: what died is replaced after at most this and its start
 AUTOSCALING_WINDOW_S = 15.0
 
 
@@ -81,6 +82,7 @@ def application(config: ServingConfig, tracking_uri: str | None = None) -> serve
             downscale_delay_s=config.downscale_delay_s,
         ),
         graceful_shutdown_timeout_s=config.deadline_s,
+        health_check_period_s=HEALTH_CHECK_S,
         max_constructor_retry_count=2,
     ).bind(plain, models, tracking_uri)
     ingress = deployment(
@@ -90,6 +92,7 @@ def application(config: ServingConfig, tracking_uri: str | None = None) -> serve
         ray_actor_options={"num_cpus": config.cpus_ingress},
         max_ongoing_requests=2 * config.max_queued_requests,
         graceful_shutdown_timeout_s=config.deadline_s,
+        health_check_period_s=HEALTH_CHECK_S,
     )
     return ingress.bind(plain, engines, models, tracking_uri)
 

@@ -39,8 +39,9 @@ class Load:
     """The engine's state now and its counts since it started.
 
     waiting, live: requests not yet started, and started; live_rows: images of the live ones; queued_cost: row
-    evaluations still owed to all of them; rows_per_s: the rate of full network calls; calls, rows, padded_rows:
-    network calls, rows answered and rows wasted; network_s, turn_s: seconds inside the network, and in whole turns.
+    evaluations still owed to all of them; rows_per_s: the rate of full network calls, best_rows_per_s that of the
+    fastest; calls, rows, padded_rows: network calls, rows answered and rows wasted; network_s, turn_s: seconds inside
+    the network, and in whole turns.
     """
 
     waiting: int
@@ -48,6 +49,7 @@ class Load:
     live_rows: int
     queued_cost: int
     rows_per_s: float
+    best_rows_per_s: float
     calls: int
     rows: int
     padded_rows: int
@@ -76,9 +78,10 @@ class Inferring:
 class Engine:
     """Answers procedures until it is closed; owns one worker thread.
 
-    Which rows go first: a request is due at its submission plus `STRETCH` times the seconds its cost takes, or when its
-    deadline leaves no more time; what is due first goes first. So small requests pass large ones, equal ones are served
-    in order, and none waits for ever. Queries that cannot share a call (with probes, of another network) take turns.
+    Which rows go first: a request is due at its submission plus `STRETCH` times the seconds its cost takes, earlier
+    where its deadline then leaves no time, but never before those seconds have passed once; what is due first goes
+    first. So small requests pass large ones, also one that needs all the time it has, equal ones are served in order,
+    and none waits for ever. Queries that cannot share a call (with probes, of another network) take turns.
 
     networks: by name, as `Model.networks`. chunk: rows of every network call. max_live_rows: images in progress at once
     (the memory of their states); a larger request runs alone. max_queued_cost: row evaluations that may be owed before
@@ -119,6 +122,7 @@ class Engine:
         self._finished = self._failed = self._cancelled = self._expired = 0
         self._network_s = self._turn_s = 0.0
         self._call_s = FIRST_GUESS_S  # running mean of a network call
+        self._fastest_s = math.inf
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -160,7 +164,7 @@ class Engine:
             alone_s = cost * self._call_s / self.chunk
             job.due += STRETCH * alone_s
             if deadline is not None:
-                job.due = min(job.due, deadline - alone_s)
+                job.due = min(job.due, max(deadline - alone_s, job.submitted_s + alone_s))
             self._queued_cost += cost
             self._submitted.append(job)
             job.future.add_done_callback(lambda future: self._leave(job) if future.cancelled() else None)
@@ -176,6 +180,7 @@ class Engine:
                 live_rows=self._live_rows,
                 queued_cost=self._queued_cost,
                 rows_per_s=self.chunk / self._call_s,
+                best_rows_per_s=self.chunk / min(self._fastest_s, self._call_s),
                 calls=self._calls,
                 rows=self._rows,
                 padded_rows=self._padded,
@@ -297,6 +302,8 @@ class Engine:
         answers = self._answers(taken)
         elapsed = time.perf_counter() - started
         self._call_s += RATE_MEMORY * (elapsed - self._call_s) if self._rows else elapsed - self._call_s
+        if all(isinstance(answer, Answer) for answer in answers):
+            self._fastest_s = min(self._fastest_s, elapsed)
         self._network_s += elapsed
         self._count(taken)
         for (job, _), answer in zip(taken, answers, strict=True):

@@ -300,7 +300,8 @@ def _check_cost(
     pixels = model.config.size**2
     if cost * pixels > config.max_request_cost:
         raise RequestError(
-            f"{what} x {pixels} pixels is more than the limit of {config.max_request_cost}; {instead()}",
+            f"{what} x {pixels} pixels is more than the limit of {config.max_request_cost} (of a request, or of what "
+            f"is done here in {config.deadline_s:g} s); {instead()}",
             code="request_too_large",
         )
 

@@ -13,6 +13,7 @@ from pipeline.serving.refusals import RequestError
 OptionValue = bool | int | float | str | None | list[float]
 LARGEST_SEED = 2**53 - 1  # a JavaScript client can still name it exactly
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Count = Annotated[int, Field(ge=1, le=10**9)]  # the configured limits say what is too many
 
 
 class Body(BaseModel):
@@ -27,7 +28,7 @@ class GenerationRequest(Body):
 
     model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
     prompt: str | None = Field(None, max_length=256, description="a class by name or number, for all images")
-    n: int = Field(1, ge=1, description="images to make")
+    n: Count = Field(1, description="images to make")
     size: str | None = Field(None, max_length=16, description="'auto' or the model's own WIDTHxHEIGHT")
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
@@ -37,7 +38,7 @@ class GenerationRequest(Body):
     partial_images: int | None = Field(None, ge=0, le=1000, description="previews in a stream; default: up to 16")
     labels: int | list[int] | None = Field(None, description="class of all images or of each; -1: no class")
     sampler: str | None = Field(None, max_length=64)
-    steps: int | None = Field(None, ge=1, description="levels the sampler visits")
+    steps: Count | None = Field(None, description="levels the sampler visits")
     grid: str | None = Field(None, max_length=64, description="grid of levels; default: the sampler's")
     guidance: float = Field(1.0, ge=0, le=100, description="guidance scale; 1: the model itself")
     image: str | None = Field(None, description="base64 of a jpg, png or webp of the model's size to start from")
@@ -54,7 +55,9 @@ class LikelihoodOptions(Body):
     """`POST /v1/likelihood` but for the images: the fields of its multipart form, which has the images as files."""
 
     model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
-    labels: int | list[int] | None = Field(None, description="class of all images or of each; -1: no class")
+    labels: int | list[int] | None = Field(
+        None, description="class of all images or of each; without, no percentile is told: held-out images had theirs"
+    )
     estimator: str = Field("vlb", max_length=64)
     seed: Seed | None = Field(None, description="the estimates depend on it alone; default: 0")
     resize: Literal["exact", "centre-crop", "squash"] = Field("exact", description="what to do with another size")
@@ -71,7 +74,7 @@ class EncodingRequest(Body):
     )
     labels: int | list[int] | None = Field(None, description="class of all images or of each; -1: no class")
     sampler: str = Field("heun", max_length=64, description="a deterministic one, the same both ways")
-    steps: int = Field(50, ge=1, description="levels on the way")
+    steps: Count = Field(50, description="levels on the way")
     grid: str | None = Field(None, max_length=64, description="grid of levels; default: the sampler's")
     resize: Literal["exact", "centre-crop", "squash"] = Field("exact", description="what to do with another size")
 

@@ -7,7 +7,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -209,14 +209,19 @@ class Service:
         """
         plan = await asyncio.to_thread(self._plan_likelihood, fields, encoded, seed)
         outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
-        held_out = self.held_out.get(plan.how.estimator)
         labels = plan.labels or (-1,) * plan.n
+        held_out = [self._peers(plan.how.estimator, label) for label in labels]
         data = [
-            {"index": index, "label": labels[index], **_score(outcome.value, index, held_out)}
+            {"index": index, "label": labels[index], **_score(outcome.value, index, held_out[index])}
             for index in range(plan.n)
         ]
         how = {"estimator": plan.how.estimator, "options": plan.how.options}
         return {"object": "list", "data": data, **self._lineage(plan.seed, outcome), **how}
+
+    def _peers(self, estimator: str, label: int) -> list[float] | None:
+        """The held-out scores that an image may be compared with: where the model has classes they were scored with
+        theirs, and without its own an image has more bits."""
+        return None if self.model.config.classes and label < 0 else self.held_out.get(estimator)
 
     # --- encodings ------------------------------------------------------------------------------------------------
 
@@ -256,14 +261,14 @@ class Service:
         return self._plan_generate(fields, seed)
 
     def _plan_generate(self, fields: Mapping[str, Any], seed: int) -> GenerationPlan:
-        return plan_generation(self._for_us(parse_body(GenerationRequest, fields)), self.model, self.config, seed)
+        return plan_generation(self._for_us(parse_body(GenerationRequest, fields)), self.model, self._limits(), seed)
 
     def _plan_likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> LikelihoodPlan:
         request = self._for_us(parse_body(LikelihoodOptions, fields))
-        return plan_likelihood(request, encoded, self.model, self.config, seed)
+        return plan_likelihood(request, encoded, self.model, self._limits(), seed)
 
     def _plan_encode(self, fields: Mapping[str, Any]) -> EncodingPlan:
-        return plan_encoding(self._for_us(parse_body(EncodingRequest, fields)), self.model, self.config)
+        return plan_encoding(self._for_us(parse_body(EncodingRequest, fields)), self.model, self._limits())
 
     # --- both -----------------------------------------------------------------------------------------------------
 
@@ -278,6 +283,11 @@ class Service:
         deadline_s = self.config.deadline_s
         future = self.engine.submit(build, rows=rows, cost=cost, deadline_s=deadline_s, on_progress=on_progress)
         return await asyncio.wrap_future(future)
+
+    def _limits(self) -> ServingConfig:
+        """The configured ones, and no more than the engine at its best does until a request's deadline."""
+        able = int(self.engine.load().best_rows_per_s * self.config.deadline_s) * self.model.config.size**2
+        return replace(self.config, max_request_cost=max(1, min(self.config.max_request_cost, able)))
 
     def _for_us(self, request: B) -> B:
         self._check_name(request.model)

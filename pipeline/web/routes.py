@@ -50,16 +50,19 @@ def add_page(app: FastAPI) -> None:
         return page
 
     for route, (name, kind) in PAGE.items():
-        app.get(route, include_in_schema=False)(serving((folder / name).read_bytes(), kind))
+        page = serving((folder / name).read_bytes(), kind)
+        app.api_route(route, methods=["GET", "HEAD"], include_in_schema=False)(page)
 
 
 def add_health(app: FastAPI, backend: Backend) -> None:
     """For what watches: alive, and ready."""
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="The HTTP side answers")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="A replica is warmed up and has passed its self-test", responses=ERRORS)
     async def readyz(request: Request) -> dict[str, Any]:
         with refusing(request):

@@ -1,4 +1,4 @@
-"""Step-level against request-level batching on one network: `python -m tests.benchmarks.serving [--rounds 9]`.
+"""Step-level against request-level batching on one network: `python -m tests.benchmarks.serving`, 10 minutes.
 
 All answer the same requests on the same U-Net in one thread, an image each:
 
@@ -6,12 +6,15 @@ All answer the same requests on the same U-Net in one thread, an image each:
     request     what `@serve.batch` gives, on our samplers: up to `CHUNK` waiting requests are taken together, those of
                 one sampler and step count share their network calls, nobody joins until all of them are done
     diffusers   the same, on diffusers' own DDIMPipeline around the same U-Net exported to it (DDIM requests only)
+    bare        no server at all: each request drives the network alone, one after another
 
 Workloads: `mixed` (four samplers, 10 to 50 steps), `ddim` (10 to 50 steps), `alike` (DDIM of 20 steps: batching by
-steps cannot help). Throughput is requests a second of processor time with all of them waiting; the ways take turns,
-medians of ratios are told. Latencies are of Poisson arrivals at 0.9 of the capacity of the request-level way, for the
-engine also at 1.5 times that rate and at 0.9 of its own capacity (where the request-level way has no steady state),
-without the first tenth of the requests. Their clock counts processor time and idleness alone, so that what else runs on
+steps cannot help), `alone` (the same from one client that waits for each answer: nothing can be batched, the engine has
+a chunk of one row), `alone_padded` (the same, engine and bare loop with calls of `CHUNK` rows). Throughput is requests
+a second of processor time; the ways take turns, medians of ratios are told. Latencies are of Poisson arrivals at 0.9 of
+the capacity of the request-level way: its rate is set again until it is busy for 0.87 to 0.93 of the time. The engine
+has the same rate, 1.5 times it, and 0.9 of its own capacity (where the request-level way has no steady state). The
+first tenth of the requests is left out. The clock counts processor time and idleness alone, so that what else runs on
 the machine hardly matters. The record goes to results/serving.json.
 """
 
@@ -42,7 +45,7 @@ from pipeline.model import Model, ModelConfig, Sampling, build
 from pipeline.serving.engine import Engine
 
 CHUNK = 8
-LOAD = 0.9  # of the capacity
+LOAD, LOAD_WITHIN, TRIES = 0.9, 0.03, 3  # share of the time that the request-level way is busy
 WAIT_S = 0.01  # batch_wait_timeout_s of @serve.batch
 NAMES = ("heun", "ddim", "ancestral", "dpmpp_2m")
 NETWORK = {"base_width": 32, "multipliers": (1, 2), "blocks": 2, "attention_at": (4,), "norm_groups": 8}
@@ -115,9 +118,9 @@ class RequestLevel:
 
 
 class StepLevel:
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, chunk: int = CHUNK) -> None:
         self.model = model
-        self.engine = Engine(model.networks, chunk=CHUNK, threads=1)
+        self.engine = Engine(model.networks, chunk=chunk, threads=1)
 
     def submit(self, asked: Asked) -> "Future[Any]":
         cost = SAMPLERS[asked.how.sampler].evaluations(asked.how.steps)
@@ -127,12 +130,27 @@ class StepLevel:
         self.engine.close()
 
 
-Server = RequestLevel | StepLevel
+@dataclass(frozen=True)
+class Bare:
+    """Answers while it is asked."""
+
+    make: Callable[[Sequence[int], Sampling], Any]
+
+    def submit(self, asked: Asked) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_result(self.make([asked.seed], asked.how))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+Server = RequestLevel | StepLevel | Bare
 Way = Callable[[], Server]
 
 
-def ours(model: Model) -> Callable[[Sequence[int], Sampling], Any]:
-    return lambda seeds, how: drive(model.sampling(seeds, None, how), model.networks)
+def ours(model: Model, chunk: int | None = None) -> Callable[[Sequence[int], Sampling], Any]:
+    return lambda seeds, how: drive(model.sampling(seeds, None, how), model.networks, chunk)
 
 
 def theirs(model: Model) -> Callable[[Sequence[int], Sampling], Any]:
@@ -159,12 +177,16 @@ def theirs(model: Model) -> Callable[[Sequence[int], Sampling], Any]:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def saturated(way: Way, asked: list[Asked]) -> float:
-    """Requests a second of processor time, all of them waiting."""
+def saturated(way: Way, asked: list[Asked], at_once: bool = True) -> float:
+    """Requests a second of processor time, all of them waiting, or each asked when the one before it is done."""
     server = way()
     started = time.process_time()
-    for future in [server.submit(each) for each in asked]:
-        future.result()
+    if at_once:
+        for future in [server.submit(each) for each in asked]:
+            future.result()
+    else:
+        for each in asked:
+            server.submit(each).result()
     elapsed = time.process_time() - started
     server.close()
     return len(asked) / elapsed
@@ -208,13 +230,13 @@ class Arrivals:
         return {"arrivals_per_s": self.rate, "busy": self.busy, "mean_s": statistics.fmean(ordered), **quantiles}
 
 
-def poisson(way: Way, asked: list[Asked], rate: Callable[[int, float], float]) -> Arrivals:
-    """Requests that arrive at `rate(requests answered, busy seconds)` a second."""
+def poisson(way: Way, asked: list[Asked], rate: float) -> Arrivals:
+    """Requests that arrive at `rate` a second."""
     server, draw, latencies = way(), random.Random(2), dict[int, float]()
     clock, due = Clock(), 0.0
     futures: list[Future[Any]] = []
     for index, each in enumerate(asked):
-        due += draw.expovariate(rate(len(latencies), clock.busy))
+        due += draw.expovariate(rate)
         clock.wait(due, lambda: len(latencies) == len(futures))
 
         def done(_: Future[Any], index: int = index, arrived: float = due) -> None:
@@ -230,13 +252,23 @@ def poisson(way: Way, asked: list[Asked], rate: Callable[[int, float], float]) -
     return Arrivals(len(asked) / due, busy, [latencies[index] for index in range(len(asked))])
 
 
-def throughput(ways: dict[str, Way], kind: str, rounds: int, count: int) -> dict[str, Any]:
+def at_load(way: Way, asked: list[Asked]) -> Arrivals:
+    """Arrivals at a rate that keeps `way` busy for `LOAD` of the time, or nearly so: how busy it was is told."""
+    found = poisson(way, asked, LOAD * saturated(way, asked[:48]))
+    for _ in range(TRIES):
+        if abs(found.busy - LOAD) <= LOAD_WITHIN:
+            break
+        found = poisson(way, asked, found.rate * LOAD / found.busy)
+    return found
+
+
+def throughput(ways: dict[str, Way], kind: str, rounds: int, count: int, at_once: bool = True) -> dict[str, Any]:
     """Of each way, and the median of the rounds' ratios of the engine to each other."""
     asked = workload(count, kind)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in list(ways) if turn % 2 else list(reversed(ways)):
-            rates[name].append(saturated(ways[name], asked))
+            rates[name].append(saturated(ways[name], asked, at_once))
     found: dict[str, Any] = {f"{name}_requests_per_cpu_s": statistics.median(rates[name]) for name in ways}
     for name in ways:
         if name != "step":
@@ -246,25 +278,20 @@ def throughput(ways: dict[str, Way], kind: str, rounds: int, count: int) -> dict
 
 
 def open_loop(ways: dict[str, Way], kind: str, requests: int) -> dict[str, Any]:
-    """Latencies of both at 0.9 of the request-level capacity, followed as it is at each moment of its run, and of the
-    engine at 1.5 times that rate and at 0.9 of its own capacity.
+    """Latencies of both where the request-level way is at `LOAD`, and of the engine at 1.5 times that rate and at
+    `LOAD` of its own capacity.
     """
-    asked, few = workload(requests, kind), workload(48, kind)
-    first, own = saturated(ways["request"], few), saturated(ways["step"], few)
-
-    def followed(answered: int, busy_s: float) -> float:
-        return LOAD * (answered / busy_s if answered >= len(few) else first)
-
-    request = poisson(ways["request"], asked, followed)
-    rates = {"step": request.rate, "step_at_1.5_times_the_rate": 1.5 * request.rate, "step_at_its_own": LOAD * own}
-    found = {"request": request.told()}
-    for name, rate in rates.items():
-        found[name] = poisson(ways["step"], asked, lambda *_, rate=rate: rate).told()
+    asked = workload(requests, kind)
+    request = at_load(ways["request"], asked)
+    rates = {"step": request.rate, "step_at_1.5_times_the_rate": 1.5 * request.rate}
+    runs = {"request": request, **{name: poisson(ways["step"], asked, rate) for name, rate in rates.items()}}
+    runs["step_at_its_own"] = poisson(ways["step"], asked, LOAD * saturated(ways["step"], asked[:48]))
+    found = {name: run.told() for name, run in runs.items()}
     ratios = {
         "mean_latency": found["step"]["mean_s"] / found["request"]["mean_s"],
         "p95_at_1.5_times_the_rate": found["step_at_1.5_times_the_rate"]["p95_s"] / found["request"]["p95_s"],
     }
-    return {"requests": requests, "load": LOAD, "ways": found, "step_over_request": ratios}
+    return {"requests": requests, "load": request.busy, "ways": found, "step_over_request": ratios}
 
 
 def overhead(model: Model, live: int = 32, calls: int = 400) -> dict[str, float]:
@@ -292,16 +319,18 @@ class _Free(torch.nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=2000, help="of each open loop; 0: none")
-    parser.add_argument("--rounds", type=int, default=9, help="of throughput; 0: keep that of the last record")
+    parser.add_argument("--requests", type=int, default=300, help="of each open loop")
+    parser.add_argument("--rounds", type=int, default=7, help="of throughput")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = ModelConfig(size=8, channels=1, classes=0, prediction="v", network={"name": "unet", **NETWORK})
     model = Model(config, build(config))
-    make, pipe = ours(model), theirs(model)
+    make, padded, pipe = ours(model), ours(model, CHUNK), theirs(model)
     both: dict[str, Way] = {"step": lambda: StepLevel(model), "request": lambda: RequestLevel(make)}
     three: dict[str, Way] = {**both, "diffusers": lambda: RequestLevel(pipe)}
+    one_row: dict[str, Way] = {"step": lambda: StepLevel(model, 1), "bare": lambda: Bare(make)}
+    padding: dict[str, Way] = {"step": lambda: StepLevel(model), "bare": lambda: Bare(padded)}
     record: dict[str, Any] = {
         "what": "step-level against request-level batching, digits U-Net, one thread",
         "chunk": CHUNK,
@@ -309,21 +338,14 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
         "overhead": overhead(model),
-        "throughput": {},
-        "open_loop": {},
+        "throughput": {
+            **{kind: throughput(three, kind, args.rounds, 24) for kind in ("alike", "ddim")},
+            "mixed": throughput(both, "mixed", args.rounds, 24),
+            "alone": throughput(one_row, "alike", args.rounds, 8, at_once=False),
+            "alone_padded": throughput(padding, "alike", args.rounds, 8, at_once=False),
+        },
+        "open_loop": {kind: open_loop(both, kind, args.requests) for kind in ("mixed", "ddim")},
     }
-    if not args.rounds:
-        record["throughput"] = json.loads(RESULTS.read_text())["throughput"]
-    for kind in ("alike", "ddim", "mixed") if args.rounds else ():
-        record["throughput"][kind] = throughput(both if kind == "mixed" else three, kind, args.rounds, 24)
-        keep(record)
-    for kind in ("mixed", "ddim") if args.requests else ():
-        record["open_loop"][kind] = open_loop(both, kind, args.requests)
-        keep(record)
-
-
-def keep(record: dict[str, Any]) -> None:
-    """After each part: a run that is cut off leaves what it has found."""
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 

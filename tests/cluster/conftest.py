@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster.session import QUIET
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardConfig, shard_in_process
 from pipeline.serving.config import ServingConfig
@@ -19,6 +20,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": QUIET["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"],
     "OMP_NUM_THREADS": "1",
     "RAY_worker_niceness": "0",  # else a busy machine starves the workers
 }

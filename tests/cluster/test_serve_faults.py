@@ -12,14 +12,11 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from pipeline.serving.config import ServingConfig
@@ -127,58 +124,6 @@ def test_a_replica_that_dies_loses_no_request(endpoint: str, two_replicas: None,
     assert not traffic.wrong
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_an_ingress_that_dies_fails_only_what_went_through_it(
-    endpoint: str, serving_config: ServingConfig, registry: Registry
-) -> None:
-    """Of two ingresses one is killed, five times: the next request succeeds at once, and asked again with its seed a
-    failed one has the bytes it would have had."""
-    serve = import_serve()
-    serve.deploy(replace(serving_config, ingress_replicas=2), registry.uri)
-    fields = {"n": 2, "steps": 400, "sampler": "ddim"}
-    lost = 0
-    before, after = list[float](), list[float]()
-
-    def small_one() -> float:
-        started = time.monotonic()
-        assert httpx.post(f"{endpoint}{GENERATE}", json={"steps": 2}, timeout=120).status_code == 200
-        return time.monotonic() - started
-
-    with httpx.Client(base_url=endpoint, timeout=120) as client:
-        expected = {seed: client.post(GENERATE, json={**fields, "seed": seed}).json()["data"] for seed in range(4)}
-        for _ in range(5):
-            until(lambda: len(ingresses()) == 2, PATIENCE_S)
-            with ThreadPoolExecutor(4) as pool:
-                asked = [
-                    pool.submit(httpx.post, f"{endpoint}{GENERATE}", json={**fields, "seed": seed}, timeout=120)
-                    for seed in range(4)
-                ]
-                before.append(small_one())
-                os.kill(min(ingresses()), signal.SIGKILL)
-                after.append(small_one())
-            for seed, answer in enumerate(asked):
-                if answer.exception() is not None or answer.result().status_code != 200:
-                    lost += 1
-                    again = client.post(GENERATE, json={**fields, "seed": seed})
-                    assert again.json()["data"] == expected[seed]
-                else:
-                    assert answer.result().json()["data"] == expected[seed]
-    print(
-        f"5 ingresses killed: {lost} of 20 requests through them failed and had their bytes when asked again; "
-        f"the next one took {median(after):.2f} s, at most {max(after):.2f}; the one before the kill "
-        f"{median(before):.2f} s, at most {max(before):.2f}"
-    )
-    assert lost < 20
-    serve.deploy(serving_config, registry.uri)
-
-
-def ingresses() -> set[int]:
-    """Processes of this test's own ingresses."""
-    mine = psutil.Process().children(recursive=True)
-    return {each.pid for each in mine if "ServeReplica:raydiffusion:ingress" in " ".join(each.cmdline() or [])}
-
-
 def test_a_broken_candidate_gets_no_traffic_and_is_reported(endpoint: str, registry: Registry) -> None:
     with httpx.Client(base_url=endpoint, timeout=60) as client, Traffic(endpoint, 1) as traffic:
 
@@ -216,7 +161,7 @@ def test_a_client_that_leaves_is_noticed_at_once(endpoint: str, times: int) -> N
         return load("live")
 
     for index in range(times):
-        body = json.dumps({"n": 1, "steps": 50_000, "sampler": "ddim", "stream": index % 2 == 0}).encode()
+        body = json.dumps({"n": 1, "steps": 30_000, "sampler": "ddim", "stream": index % 2 == 0}).encode()
         head = f"POST {GENERATE} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n"
         before = cancelled()
         with socket.create_connection((host, int(port)), timeout=60) as connection:

@@ -249,6 +249,15 @@ def test_a_deadline_ends_a_live_request_and_a_waiting_one_takes_no_step(tiny: Mo
         assert engine.load().queued_cost == 0
 
 
+def test_a_request_without_a_chance_holds_up_no_small_one(engine: Engine) -> None:
+    engine.submit(steady(CHUNK, 10)).result(10)  # tells it how fast it is
+    hopeless = int(10 * engine.load().rows_per_s)
+    large = engine.submit(steady(CHUNK, 10**9), rows=CHUNK, cost=hopeless, deadline_s=2.0)
+    engine.submit(steady(1, 20), cost=20, deadline_s=2.0).result(10)
+    assert not large.done()
+    large.cancel()
+
+
 def failing(kind: str) -> Procedure[int]:
     query = Query(
         torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.float64), Conditioning(torch.zeros(2, dtype=torch.int64))

@@ -18,10 +18,11 @@ import torch
 
 from pipeline.data.images import decode, encode_png
 from pipeline.model import Model, Sampling, Scoring
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.logs import JsonLines
 from pipeline.serving.quotas import Quotas
-from pipeline.serving.refusals import Refused
-from pipeline.serving.service import Service
+from pipeline.serving.refusals import Refused, RequestError
+from pipeline.serving.service import Identity, Service
 from pipeline.web.app import make_app
 
 GENERATE, SCORE = "/v1/images/generations", "/v1/likelihood"
@@ -76,6 +77,15 @@ def test_a_stream_shows_previews_and_ends_with_the_same_images(ask: Callable[...
     assert [event["partial_image_index"] for event in events[:-1]] == [0, 1, 2]
     assert events[-1]["data"] == whole["data"]
     assert np.array_equal(pixels_of(events[2]), pixels_of(whole))  # DDIM ends on the guided x_hat
+
+
+def test_what_the_deadline_leaves_no_time_for_is_refused_before_a_step(tiny: Model) -> None:
+    service = Service(tiny, ServingConfig(model="tiny", deadline_s=0.1), Identity("tiny", "1", tiny.digest))
+    calls = service.engine.load().calls
+    with pytest.raises(RequestError, match=r"done here in 0\.1 s\); .* jobs\.sample RUN_FILE --images 64"):
+        asyncio.run(service.generate({"n": 64, "steps": 1000}, 0))
+    assert service.engine.load().calls == calls
+    service.close()
 
 
 @pytest.mark.parametrize("sent", [0, 2])
@@ -147,6 +157,14 @@ def test_a_card_without_scores_gives_no_percentile(ask: Callable[..., httpx.Resp
     assert body["data"][0]["standard_errors_nats"].keys() == {"dequantisation", "probes"}
 
 
+def test_an_image_without_its_class_has_no_place_among_those_with_theirs(
+    ask: Callable[..., httpx.Response], digits: np.ndarray
+) -> None:
+    files = [("images", ("a.png", encode_png(image), "image/png")) for image in digits[:2]]
+    body = ask("POST", SCORE, data={"labels": "[3, -1]", "options": '{"levels": 4}'}, files=files).json()
+    assert [item["percentile"] is None for item in body["data"]] == [False, True]
+
+
 def test_models_are_listed_and_shown(ask: Callable[..., httpx.Response], tiny: Model) -> None:
     listed = ask("GET", "/v1/models").json()
     assert [entry["id"] for entry in listed["data"]] == ["tiny"]
@@ -210,6 +228,11 @@ def test_what_is_refused_is_refused_in_one_schema(
     ask: Callable[..., httpx.Response], method: str, path: str, options: dict[str, Any], expected: tuple[int, str]
 ) -> None:
     assert refusal(ask(method, path, **options)) == expected
+
+
+@pytest.mark.parametrize("path", ["/", "/app.js", "/healthz", "/readyz"])
+def test_what_watches_may_ask_for_the_head_alone(ask: Callable[..., httpx.Response], path: str) -> None:
+    assert ask("HEAD", path).status_code == ask("GET", path).status_code == 200
 
 
 def test_a_body_without_a_length_is_cut_off_at_the_limit(ask: Callable[..., httpx.Response]) -> None:

@@ -116,8 +116,14 @@ def test_an_image_is_scored_with_its_parts_and_its_place_among_the_held_out_ones
 ) -> None:
     (tmp_path / "one.png").write_bytes(encode_png(digits[0]))
     page.find_element("id", "file").send_keys(str(tmp_path / "one.png"))
+    alone = until(lambda: page.find_elements("css selector", "#scores article"))[0]
+    assert "Choose its class to see its place" in alone.text
+    page.execute_script("document.getElementById('scores').replaceChildren()")
+    fill(page, "score-class", 3)
+    (tmp_path / "two.png").write_bytes(encode_png(digits[0]))
+    page.find_element("id", "file").send_keys(str(tmp_path / "two.png"))
     result = until(lambda: page.find_elements("css selector", "#scores article"))[0]
-    for part in ("one.png", "bits/dim", "prior", "diffusion", "reconstruction", "of 300 held-out images"):
+    for part in ("two.png", "class 3", "bits/dim", "prior", "diffusion", "reconstruction", "of 300 held-out images"):
         assert part in result.text.replace("Of 300", "of 300"), result.text
     assert result.find_elements("css selector", "svg[role=img] .mark")
     make(page)

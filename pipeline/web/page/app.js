@@ -263,6 +263,10 @@ function charts(item, estimator, bits) {
     figure.append(make("figcaption", { textContent: "The model's card has no held-out scores by this estimator." }));
     return figure;
   }
+  if (item.percentile === null) {
+    figure.append(make("figcaption", { textContent: "Choose its class to see its place: held-out images were scored with theirs." }));
+    return figure;
+  }
   figure.append(histogram(held, item.bits_per_dim), make("figcaption", {
     textContent: `Of ${held.count} held-out images ${item.percentile.toFixed(1)}% have fewer bits/dim.`,
   }));

@@ -8,8 +8,7 @@ from typing import Any
 import ray
 
 from pipeline.cluster.session import result
-from pipeline.data import manifest as manifests
-from pipeline.data import shards
+from pipeline.data import shards, versions
 from pipeline.data.manifest import Manifest
 from pipeline.data.policy import ShardConfig
 from pipeline.data.slices import Slice, SliceDone, make_slice
@@ -43,7 +42,7 @@ def shard(config: ShardConfig, progress: Callable[[ShardProgress], None] | None 
         OSError: a store that does not answer.
     """
     if config.mixture:
-        return manifests.mix(config.url, config.mixture)
+        return versions.mix(config.url, config.mixture)
     work = shards.plan(config)
     try:
         verify = work.before is not None and not work.indices

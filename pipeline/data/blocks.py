@@ -22,8 +22,6 @@ from pipeline.data.manifest import ImageSpec, SetRef
 
 Int64s = NDArray[np.int64]
 
-READS = 8  # of a shard whose digest is wrong, before it counts as damaged: the line may have erred
-
 
 @dataclass(frozen=True)
 class ShardRef:
@@ -289,20 +287,13 @@ def fetch(of: SetRef, ref: ShardRef, reading: Reading) -> VerifiedShard:
         DamagedShard: missing, another size or digest, or not our layout, and the policy is to fail.
     """
     url = storage.join(of.root, *ref.url.split("/"))
-    attempts = READS if storage.is_s3(url) else 1
-    wrong: list[images.UInt8s | None] = []  # what the reads gave that had the wrong digest
+    wrong: list[images.UInt8s | None] = []  # what was read last, where the digest is wrong
 
     def read() -> images.UInt8s:
-        """The bytes, again where the line may have erred; empty where they are damaged: wrong in the same way twice."""
-        wrong.clear()
-        for _ in range(attempts):
-            data = _read(url, ref.size + 1)
-            if data is not None and len(data) == ref.size and storage.digest(data) == ref.sha256:
-                wrong.clear()
-                return data
-            wrong.append(data)
-            if len(wrong) > 1 and _same(wrong[-1], wrong[-2]):
-                break
+        data, right = storage.read_sure(url, ref.sha256, ref.size + 1)
+        if data is not None and right:
+            return data
+        wrong.append(data)
         return np.empty(0, np.uint8)
 
     if storage.is_s3(url) and reading.disk_cache_bytes:
@@ -311,19 +302,8 @@ def fetch(of: SetRef, ref: ShardRef, reading: Reading) -> VerifiedShard:
         data = read()
     if not wrong:
         return VerifiedShard(data, tar.walk(url, data, ref.samples, of.encoding, of.extras))
-    found = examine(url, wrong[-1], of, ref.url)
-    return choose(ON_DAMAGE, reading.on_damage, "on_damage")(wrong[-1], found)
-
-
-def _same(a: images.UInt8s | None, b: images.UInt8s | None) -> bool:
-    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
-
-
-def _read(url: str, stop: int) -> images.UInt8s | None:
-    try:
-        return storage.read_array(url, stop)
-    except FileNotFoundError:
-        return None
+    found = examine(url, wrong[0], of, ref.url)
+    return choose(ON_DAMAGE, reading.on_damage, "on_damage")(wrong[0], found)
 
 
 def _fail(data: images.UInt8s | None, found: Examined) -> VerifiedShard:

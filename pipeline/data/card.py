@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.manifest import HELD_OUT, SPLITS, TRAIN, Manifest, Names, Table
+from pipeline.data.manifest import HELD_OUT, SPLITS, TRAIN, Manifest, Names
 from pipeline.data.policy import ShardConfig
+from pipeline.data.tables import Table
 
 Sums = dict[str, list[Any]]
 

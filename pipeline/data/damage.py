@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import manifest, tar
+from pipeline.data import tar
 from pipeline.data.manifest import SetRef
+from pipeline.data.tables import shard_rows
 from pipeline.data.tar import DamagedShard
 
 UInt8s = NDArray[np.uint8]
@@ -38,7 +39,7 @@ def examine(url: str, data: UInt8s | None, of: SetRef, shard: str) -> Examined:
         DamagedShard: the samples tables cannot be read either, so that nothing more can be said or saved.
     """
     try:
-        rows = manifest.shard_rows(of.root, of.tables, shard)
+        rows = shard_rows(of.root, of.tables, shard)
     except (OSError, ValueError) as error:
         raise DamagedShard(url, 0, "the manifest's sha256", f"another; its samples' rows: {error}") from None
     table, have = rows.to_pylist(), b"" if data is None else data.tobytes()

@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data import images, shards, storage, tar
+from pipeline.data import images, shards, storage, tar, versions
 from pipeline.data import manifest as manifests
 from pipeline.data.card import make_card
-from pipeline.data.manifest import TRAIN, ImageSpec, Manifest, Names, Version
+from pipeline.data.manifest import TRAIN, ImageSpec, Manifest, Names
 from pipeline.data.policy import ShardConfig
 from pipeline.data.slices import Part, ShardWriter, SliceDone, part_url, read_part
+from pipeline.data.tables import REJECTS_SCHEMA, REMOVED_SCHEMA, SAMPLES_SCHEMA, SHARDS_SCHEMA, parquet_bytes
 
 ENCODING = "png"
 
@@ -82,10 +83,10 @@ def write_slice(made: GeneratedSet, index: int, pixels: images.UInt8s, labels: S
         shard.add(row, payload)
         sums += images.channel_sums(each)
     written = shard.write(made.url, TRAIN, index)
-    rows = pa.Table.from_pylist([row | {"shard": written["url"]} for row in shard.rows], manifests.SAMPLES_SCHEMA)
+    rows = pa.Table.from_pylist([row | {"shard": written["url"]} for row in shard.rows], SAMPLES_SCHEMA)
     note = {"shards": [written], "sums": {TRAIN: sums.tolist()}, "rejects": [], "rejected": 0}
     record = rows.replace_schema_metadata({b"part": json.dumps(note).encode()})
-    storage.write_bytes(part_url(made.building, index), manifests.parquet_bytes(record))
+    storage.write_bytes(part_url(made.building, index), parquet_bytes(record))
     return SliceDone(index, rows.num_rows, 0, written["size"])
 
 
@@ -143,31 +144,31 @@ def commit(made: GeneratedSet) -> Manifest:
         rows: list[dict[str, Any]] = []
         contents: list[bytes] = []
         sums: list[Any] = []
-        with pq.ParquetWriter(path, manifests.SAMPLES_SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(path, SAMPLES_SCHEMA, compression="zstd") as writer:
             for part in _parts(made):
                 writer.write_table(part.rows)
                 rows += part.shards
                 contents += part.rows["content"].to_pylist()
                 sums.append(part.sums[TRAIN])
-        names, none = Names(made.class_names), manifests.REMOVED_SCHEMA.empty_table()
+        names, none = Names(made.class_names), REMOVED_SCHEMA.empty_table()
         counts = (made.images, 0, len(contents) - len(set(contents)))
         config = ShardConfig(made.url, made.url, made.image.size, made.image.channels, ENCODING, held_out=0.0)
         card = make_card(config, None, names, rows, none, counts, {TRAIN: sums})
         card |= {"source": "made by a model", "policy": {}, "generated": _facts(made)}
-        new = Version(
+        new = versions.Version(
             made.image,
             (tar.CLASS,) if made.class_names else (),
             names,
-            pa.Table.from_pylist(rows, schema=manifests.SHARDS_SCHEMA),
+            pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA),
             none,
             card,
             made.digest,
             made.slices,
             path,
-            manifests.REJECTS_SCHEMA.empty_table(),
+            REJECTS_SCHEMA.empty_table(),
             None,
         )
-        found = manifests.commit(made.url, new)
+        found = versions.commit(made.url, new)
     clean(made)
     return found
 

@@ -17,10 +17,8 @@ A mixture is a manifest without shards of its own: finished sets, each by its di
 """
 
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -31,50 +29,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data import storage, tar
+from pipeline.data.tables import REJECTS_SCHEMA, REMOVED_SCHEMA, SAMPLES_SCHEMA, SHARDS_SCHEMA, Column, Table, integers
 
-Table = Any  # pyarrow ships no types
-Column = Any
 Int64s = NDArray[np.int64]
 
 SCHEMA = 2
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = (TRAIN, HELD_OUT)
-MOST_ROOT_BYTES = 256 << 20
-READS = 3  # of a table whose digest is wrong, before it counts as damaged: the line may have erred
+MOST_ROOT_BYTES, MOST_TABLE_BYTES = 256 << 20, 64 << 30
 
 _SHARD_URL = re.compile(r"shards/(train|held_out)-[0-9]{5,}-[0-9a-f]{12}\.tar")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-SHARDS_SCHEMA = pa.schema(
-    [
-        ("url", pa.string()),
-        ("split", pa.string()),
-        ("size", pa.int64()),
-        ("sha256", pa.string()),
-        ("samples", pa.int64()),
-        ("classes", pa.list_(pa.int32())),
-        ("class_counts", pa.list_(pa.int64())),
-    ]
-)
-SAMPLES_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("sha256", pa.binary(32)),  # of the stored bytes
-        ("content", pa.binary(32)),  # of the stored pixels: equal for exact duplicates
-        ("original", pa.binary(32)),  # of the source's bytes
-        ("label", pa.int32()),
-        ("tags", pa.list_(pa.string())),
-        ("caption", pa.string()),
-        ("width", pa.int32()),  # before resizing
-        ("height", pa.int32()),
-        ("source", pa.string()),
-    ]
-)
-REMOVED_SCHEMA = pa.schema([("shard", pa.string()), ("index", pa.int64()), ("reason", pa.string())])
-REJECTS_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -228,33 +193,10 @@ class Manifest:
             name,
             rows["url"],
             rows["sha256"],
-            _integers(rows["size"]),
-            _integers(rows["samples"]),
+            integers(rows["size"]),
+            integers(rows["samples"]),
             np.array(sorted(removed), dtype=np.int64).reshape(-1, 2),
         )
-
-
-@dataclass(frozen=True)
-class Version:
-    """What `commit` writes: the shards of all versions, and what is new in this one.
-
-    Attributes:
-        samples_path: the finished local samples.parquet of what is new; None where nothing is.
-        rejects: the table of images left out by this version.
-        before: the version that this one follows.
-    """
-
-    image: ImageSpec
-    extras: tuple[str, ...]
-    names: Names
-    shards: Table
-    removed: Table
-    card: dict[str, Any]
-    plan: str
-    slices: int
-    samples_path: str | None
-    rejects: Table
-    before: Manifest | None
 
 
 def content_digest(
@@ -270,120 +212,8 @@ def content_digest(
         for name in strings:
             total.update("\n".join(table[name].to_pylist()).encode() + b"\n\n")
         for name in numbers:
-            total.update(_integers(table[name]).astype("<i8").tobytes())
+            total.update(integers(table[name]).astype("<i8").tobytes())
     return total.hexdigest()
-
-
-def commit(url: str, new: Version) -> Manifest:
-    """Writes the tables, then the version's manifest.json, then the set's."""
-    digest = content_digest(new.image, new.extras, new.names, new.shards, new.removed)
-    folder = folder_of(digest)
-    before = new.before
-    written = {
-        "shards.parquet": parquet_bytes(new.shards),
-        "removed.parquet": parquet_bytes(new.removed),
-        "card.json": json_bytes(new.card),
-    }
-    if new.samples_path is not None:
-        written["rejects.parquet"] = parquet_bytes(new.rejects)
-    tables: dict[str, dict[str, str]] = {}
-    for name, data in written.items():
-        storage.write_bytes(storage.join(url, folder, name), data)
-        tables[name] = {"path": f"{folder}/{name}", "sha256": storage.digest(data)}
-    if new.samples_path is not None:
-        storage.write_file(storage.join(url, folder, "samples.parquet"), new.samples_path)
-        tables["samples.parquet"] = {
-            "path": f"{folder}/samples.parquet",
-            "sha256": storage.digest_of(new.samples_path),
-        }
-    return _write_root(
-        url,
-        {
-            "schema": SCHEMA,
-            "digest": digest,
-            "version": before.version + 1 if before else 1,
-            "follows": before.digest if before else None,
-            "image": asdict(new.image),
-            "extras": list(new.extras),
-            "names": asdict(new.names),
-            "plan": new.plan,
-            "slices": new.slices,
-            "tables": {name: tables[name] for name in ("shards.parquet", "removed.parquet", "card.json")},
-            "samples": [*(before.sample_tables if before else ()), *_present(tables, "samples.parquet")],
-            "rejects": [*(before.reject_tables if before else ()), *_present(tables, "rejects.parquet")],
-            "mixture": [],
-        },
-    )
-
-
-def mix(url: str, weights: Mapping[str, float]) -> Manifest:
-    """Writes a mixture of finished sets (URL -> weight) at `url`; a part is read as it is now, by its digest.
-
-    Raises:
-        ValueError: no sets, a weight that is not positive, or sets whose images, labels or names differ.
-    """
-    if not weights:
-        raise ValueError("a mixture needs at least one set with its weight")
-    for name, weight in weights.items():
-        if not 0.0 < weight < float("inf"):
-            raise ValueError(f"mixture: the weight of {name} must be positive; got {weight}")
-    parts = [(float(weight), load(name)) for name, weight in weights.items()]
-    first = parts[0][1]
-    for _, part in parts:
-        if part.mixture:
-            raise ValueError(f"mixture: {part.url} is a mixture itself; name its sets")
-        for what in ("shape", "extras", "names"):
-            have, want = (m.image.shape if what == "shape" else getattr(m, what) for m in (part, first))
-            if have != want:
-                raise ValueError(f"mixture: {part.url} has {what} {have}, {first.url} has {want}; they must be equal")
-    mixture = [[weight, part.url, part.digest] for weight, part in parts]
-    facts = [[weight, part.digest] for weight, part in parts]
-    shards, removed = SHARDS_SCHEMA.empty_table(), REMOVED_SCHEMA.empty_table()
-    digest = content_digest(first.image, first.extras, first.names, shards, removed, facts)
-    folder = folder_of(digest)
-    card = {
-        "samples": {split: sum(part.card["samples"][split] for _, part in parts) for split in SPLITS},
-        "shards": {split: sum(part.card["shards"][split] for _, part in parts) for split in SPLITS},
-        "rejected": 0,
-        "mixture": [{"url": part.url, "digest": part.digest, "weight": weight} for weight, part in parts],
-    }
-    tables: dict[str, dict[str, str]] = {}
-    for name, data in (
-        ("shards.parquet", parquet_bytes(shards)),
-        ("removed.parquet", parquet_bytes(removed)),
-        ("card.json", json_bytes(card)),
-    ):
-        storage.write_bytes(storage.join(url, folder, name), data)
-        tables[name] = {"path": f"{folder}/{name}", "sha256": storage.digest(data)}
-    return _write_root(
-        url,
-        {
-            "schema": SCHEMA,
-            "digest": digest,
-            "version": 1,
-            "follows": None,
-            "image": asdict(first.image),
-            "extras": list(first.extras),
-            "names": asdict(first.names),
-            "plan": "",
-            "slices": 0,
-            "tables": tables,
-            "samples": [],
-            "rejects": [],
-            "mixture": mixture,
-        },
-    )
-
-
-def _write_root(url: str, root: dict[str, Any]) -> Manifest:
-    data = json_bytes(root)
-    storage.write_bytes(storage.join(url, folder_of(root["digest"]), "manifest.json"), data)
-    storage.write_bytes(storage.join(url, "manifest.json"), data)
-    return load(url)
-
-
-def _present(tables: dict[str, dict[str, str]], name: str) -> list[list[str]]:
-    return [list(tables[name].values())] if name in tables else []
 
 
 def folder_of(digest: str) -> str:
@@ -400,16 +230,6 @@ def load(url: str, digest: str | None = None) -> Manifest:
     Raises:
         ValueError: no set there, no such version, or tables that are not what manifest.json says.
     """
-    for attempt in range(READS):
-        try:
-            return _load(url, digest)
-        except ValueError:
-            if attempt + 1 == READS or not storage.is_s3(url):
-                raise
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _load(url: str, digest: str | None) -> Manifest:
     name = storage.join(url, "manifest.json")
     root = _root(name, url)
     if digest is not None and root.get("digest") != digest:
@@ -474,12 +294,11 @@ def _load(url: str, digest: str | None) -> Manifest:
 
 
 def _root(name: str, url: str) -> dict[str, Any]:
+    data, _ = storage.read_sure(name, None, MOST_ROOT_BYTES)  # nobody knows its digest: two reads must agree
+    if data is None:
+        raise ValueError(f"no finished shard set at {url}: there is no manifest.json; make one with jobs.shard")
     try:
-        root = json.loads(storage.read_bytes(name, 0, MOST_ROOT_BYTES))
-    except FileNotFoundError:
-        raise ValueError(
-            f"no finished shard set at {url}: there is no manifest.json; make one with jobs.shard"
-        ) from None
+        root = json.loads(data.tobytes())
     except ValueError as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
     if not isinstance(root, dict):
@@ -499,50 +318,6 @@ def rejects(manifest: Manifest) -> Table:
     return _joined(manifest, manifest.reject_tables, REJECTS_SCHEMA)
 
 
-def sample_batches(url: str, tables: tuple[tuple[str, str], ...], columns: list[str]) -> Iterator[Table]:
-    """Some columns of the samples tables, a row group (a slice of the source) at a time; a few MiB in memory. Read by
-    ranges, so not verified by the tables' digests.
-    """
-    for path, _ in tables:
-        with storage.open_ranges(storage.join(url, *path.split("/"))) as raw, pq.ParquetFile(raw) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=columns)
-
-
-def shard_rows(url: str, tables: tuple[tuple[str, str], ...], shard: str) -> Table:
-    """The rows of one shard's samples in tar order, found by the row groups' statistics.
-
-    Raises:
-        ValueError: no table has them.
-    """
-    for path, _ in tables:
-        with storage.open_ranges(storage.join(url, *path.split("/"))) as raw, pq.ParquetFile(raw) as file:
-            column = file.schema_arrow.get_field_index("shard")
-            pieces: list[Table] = []
-            for group in range(file.num_row_groups):
-                found = file.metadata.row_group(group).column(column).statistics
-                if found is not None and found.has_min_max and not found.min <= shard <= found.max:
-                    continue
-                rows = file.read_row_group(group)
-                pieces.append(rows.filter(pa.array(np.array(rows["shard"].to_pylist(), dtype=object) == shard)))
-            found_rows = pa.concat_tables(pieces) if pieces else SAMPLES_SCHEMA.empty_table()
-            if found_rows.num_rows:
-                return found_rows
-    raise ValueError(f"no samples table of {url} has rows of {shard}")
-
-
-def parquet_bytes(table: Table) -> bytes:
-    """A table as Parquet."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def json_bytes(value: object) -> bytes:
-    """Readable JSON in a fixed order of keys."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
 def _joined(manifest: Manifest, tables: tuple[tuple[str, str], ...], schema: Any) -> Table:
     return pa.concat_tables(
         [
@@ -554,11 +329,11 @@ def _joined(manifest: Manifest, tables: tuple[tuple[str, str], ...], schema: Any
 
 def _verified(url: str, path: str, sha256: str) -> bytes:
     name = storage.join(url, *path.split("/"))
-    data = storage.read_bytes(name)
-    got = storage.digest(data)
-    if got != sha256:
+    data, right = storage.read_sure(name, sha256, MOST_TABLE_BYTES)
+    if data is None or not right:
+        got = "nothing" if data is None else storage.digest(data)
         raise ValueError(f"{name} is damaged: expected sha256 {sha256}, got {got}")
-    return data
+    return data.tobytes()
 
 
 def _laid_end_to_end(splits: list[Split]) -> Split:
@@ -572,7 +347,3 @@ def _laid_end_to_end(splits: list[Split]) -> Split:
         np.concatenate([split.samples for split in splits]),
         np.concatenate(removed),
     )
-
-
-def _integers(column: Column) -> Int64s:
-    return column.to_numpy().astype(np.int64)

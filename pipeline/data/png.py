@@ -44,10 +44,13 @@ def decode_many(payloads: Sequence[memoryview], out: UInt8s) -> bool:
     if any(payload[:HEAD] != first or payload[HEAD + 4 : HEAD + 8] != b"IDAT" for payload in payloads):
         return False
     length = height * (1 + width * channels)
+    inflate = isal_zlib.decompress
     try:
-        data = b"".join(
-            [isal_zlib.decompress(payload[HEAD + 8 : -4 - CHUNK], zlib.MAX_WBITS, length) for payload in payloads]
-        )
+        one = inflate(payloads[0][HEAD + 8 : -4 - CHUNK], zlib.MAX_WBITS, length)
+        if one[:1] != bytes([UP]):
+            return False
+        rest = [inflate(payload[HEAD + 8 : -4 - CHUNK], zlib.MAX_WBITS, length) for payload in payloads[1:]]
+        data = b"".join([one, *rest])
     except isal_zlib.error:  # pyright: ignore[reportGeneralTypeIssues]
         return False
     if len(data) != count * length:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import storage
-from pipeline.data.manifest import Manifest, Split, sample_batches
+from pipeline.data.manifest import Manifest, Split
+from pipeline.data.tables import sample_batches
 
 MOST_BYTES = 1 << 30
 COLUMNS = ("original", "sha256", "content")

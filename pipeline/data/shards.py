@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data import manifest as manifests
-from pipeline.data import removals, storage, tar
+from pipeline.data import removals, storage, tar, versions
 from pipeline.data.card import make_card
-from pipeline.data.manifest import SPLITS, Manifest, Names, Table, Version
+from pipeline.data.manifest import SPLITS, Manifest, Names
 from pipeline.data.policy import ShardConfig
 from pipeline.data.slices import MOST_TAGS, Slice, SliceDone, make_slice, part_url, read_part
 from pipeline.data.sources.base import Unit
 from pipeline.data.sources.kinds import open_source
+from pipeline.data.tables import REJECTS_SCHEMA, REMOVED_SCHEMA, SAMPLES_SCHEMA, SHARDS_SCHEMA, Table, sample_batches
 
 DUPLICATE = "an exact duplicate"
 
@@ -167,7 +168,7 @@ def _known(before: Manifest, images: bool) -> NDArray[np.uint64]:
     """Hashes of the paths that earlier versions read; a tar's or table's images are PATH#NAME."""
     found = array("Q")
     for tables in (before.sample_tables, before.reject_tables):
-        for rows in manifests.sample_batches(before.url, tables, ["source"]):
+        for rows in sample_batches(before.url, tables, ["source"]):
             names = rows["source"].to_pylist()
             found.extend(_hash(name) for name in (names if images else {name.partition("#")[0] for name in names}))
     return np.frombuffer(found, dtype=np.uint64)
@@ -232,7 +233,7 @@ def commit(work: Plan) -> Manifest:
     sums: dict[str, list[Any]] = {split: [] for split in SPLITS}
     with tempfile.TemporaryDirectory(prefix="raydiffusion-commit-") as folder:
         path = os.path.join(folder, "samples.parquet")
-        with pq.ParquetWriter(path, manifests.SAMPLES_SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(path, SAMPLES_SCHEMA, compression="zstd") as writer:
             for index in work.indices:
                 part = read_part(part_url(work.building, index))
                 if part.rows.num_rows:
@@ -252,13 +253,13 @@ def commit(work: Plan) -> Manifest:
             return before
         shards.sort(key=lambda row: (SPLITS.index(row["split"]), int(row["url"].split("-")[1])))
         card = make_card(config, before, names, shards, gone, (work.listed, rejected, copies), sums)
-        made = manifests.commit(
+        made = versions.commit(
             config.url,
-            Version(
+            versions.Version(
                 config.image,
                 work.extras,
                 names,
-                pa.Table.from_pylist(shards, schema=manifests.SHARDS_SCHEMA),
+                pa.Table.from_pylist(shards, schema=SHARDS_SCHEMA),
                 gone,
                 card,
                 work.digest,
@@ -266,7 +267,7 @@ def commit(work: Plan) -> Manifest:
                 path if work.indices else None,
                 pa.Table.from_pylist(
                     [{"source": source, "reason": reason} for source, reason in rejects],
-                    schema=manifests.REJECTS_SCHEMA,
+                    schema=REJECTS_SCHEMA,
                 ),
                 before,
             ),
@@ -302,7 +303,7 @@ def _removed(config: ShardConfig, before: Manifest | None, path: str) -> tuple[i
     first: list[int] = []  # of each shard, the number of its first row over all tables
     named: dict[tuple[str, int], str] = {}
     total = 0
-    for rows in (*manifests.sample_batches(url, tables, list(_LOOKED_UP)), *_local_batches(path)):
+    for rows in (*sample_batches(url, tables, list(_LOOKED_UP)), *_local_batches(path)):
         for number, shard in enumerate(rows["shard"].to_pylist()):
             if not shards or shards[-1] != shard:
                 shards.append(shard)
@@ -326,7 +327,7 @@ def _removed(config: ShardConfig, before: Manifest | None, path: str) -> tuple[i
             gone.setdefault((shards[place], row - first[place]), DUPLICATE)
     gone |= named
     listed = [{"shard": shard, "index": index, "reason": reason} for (shard, index), reason in sorted(gone.items())]
-    return len(copies), pa.Table.from_pylist(listed, schema=manifests.REMOVED_SCHEMA)
+    return len(copies), pa.Table.from_pylist(listed, schema=REMOVED_SCHEMA)
 
 
 _LOOKED_UP = ("shard", *removals.COLUMNS)
@@ -352,7 +353,7 @@ def shard_in_process(config: ShardConfig) -> Manifest:
         ValueError, OSError: as `plan`, `make_slice`, `commit`, `manifest.mix`.
     """
     if config.mixture:
-        return manifests.mix(config.url, config.mixture)
+        return versions.mix(config.url, config.mixture)
     work = plan(config)
     try:
         there = finished(work)
@@ -374,7 +375,7 @@ def made_again(work: Plan, indices: Iterable[int]) -> Iterator[Slice]:
     if standing is None:
         return
     numbers: dict[int, dict[str, int]] = {index: {} for index in indices}
-    for rows in manifests.sample_batches(standing.url, standing.sample_tables, ["key", "source"]):
+    for rows in sample_batches(standing.url, standing.sample_tables, ["key", "source"]):
         for key, source in zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True):
             index, number = (int(part) for part in key.split("-"))
             if index in numbers:

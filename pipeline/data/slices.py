@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import images, storage, tar
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import HELD_OUT, SPLITS, TRAIN, Table
+from pipeline.data.manifest import HELD_OUT, SPLITS, TRAIN
 from pipeline.data.policy import ShardConfig
 from pipeline.data.sources.base import Found, Unit
 from pipeline.data.sources.kinds import open_source
+from pipeline.data.tables import SAMPLES_SCHEMA, Table, parquet_bytes
 
 MOST_REJECTS = 10_000  # named one by one, a slice
 MOST_TAGS = 1 << 16
@@ -78,7 +78,7 @@ def make_slice(config: ShardConfig, building: str, task: Slice) -> SliceDone:
     note = {"shards": part.shards, "sums": part.sums, "rejects": part.rejects, "rejected": part.rejected}
     storage.write_bytes(
         part_url(building, task.index),
-        manifests.parquet_bytes(part.rows.replace_schema_metadata({b"part": json.dumps(note).encode()})),
+        parquet_bytes(part.rows.replace_schema_metadata({b"part": json.dumps(note).encode()})),
     )
     return SliceDone(task.index, part.rows.num_rows, part.rejected, sum(row["size"] for row in part.shards))
 
@@ -149,7 +149,7 @@ class _Maker:
         if self.rejected > len(self.rejects):
             more = self.rejected - len(self.rejects)
             self.rejects.append((self.task.units[-1].path, f"{more} more images of this slice were rejected"))
-        rows = pa.Table.from_pylist(self.rows, schema=manifests.SAMPLES_SCHEMA)
+        rows = pa.Table.from_pylist(self.rows, schema=SAMPLES_SCHEMA)
         sums = {split: values.tolist() for split, values in self.sums.items()}
         return Part(rows, self.shards, sums, self.rejects, self.rejected)
 

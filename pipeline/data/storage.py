@@ -2,51 +2,34 @@
 
 Every file the system reads or writes goes through here, so this is where other schemes (`pipe:`, `http:`, `file:`)
 and relative paths that leave their root are refused. Writing is atomic: a reader sees the old bytes or the new ones.
-S3 is reached through boto3, which takes endpoint, region and credentials from the environment or the instance role
-(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
 """
 
 import contextlib
 import hashlib
 import io
 import os
-import random
 import re
 import shutil
 import tempfile
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-T = TypeVar("T")
+from pipeline.data import s3
 
-ATTEMPTS = 8
-FIRST_DELAY_S = 0.05
-LONGEST_DELAY_S = 5.0
-CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 10.0  # without a single byte
-MISSING_ATTEMPTS = 3  # a 404 for an object that should exist is tried again: stores answer so while they settle
 ONE_PUT_BYTES = 5 << 30
 LIST_PAGE = 1000
-HEDGE_TIMES, HEDGE_LEAST_S, HEDGE_FIRST_S = 4.0, 0.2, 1.0  # when a read is asked for a second time, see _Hedge
+READS = 8  # of bytes with a wrong digest, before they count as damaged
 RANGE_BYTES = 1 << 20  # read at a time by a file over ranges
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*):")
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
-class StorageError(OSError):
-    """A store that did not answer after all retries, or refused; names the URL and the last reason."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +133,7 @@ def exists(url: str) -> bool:
     return True
 
 
-def size_of(url: str, attempts_if_missing: int = MISSING_ATTEMPTS) -> int:
+def size_of(url: str, attempts_if_missing: int = s3.MISSING_ATTEMPTS) -> int:
     """Bytes of the file at the URL.
 
     Raises:
@@ -162,7 +145,7 @@ def size_of(url: str, attempts_if_missing: int = MISSING_ATTEMPTS) -> int:
             raise IsADirectoryError(f"{url} is a folder")
         return os.stat(location.path).st_size
     where = {"Bucket": location.bucket, "Key": location.path}
-    return int(_retried(url, lambda: _client().head_object(**where)["ContentLength"], attempts_if_missing))
+    return int(s3.retried(url, lambda: s3.client().head_object(**where)["ContentLength"], attempts_if_missing))
 
 
 def read_bytes(url: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -182,69 +165,7 @@ def read_bytes(url: str, start: int = 0, stop: int | None = None) -> bytes:
     where: dict[str, Any] = {"Bucket": location.bucket, "Key": location.path}
     if start or stop is not None:
         where["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-
-    def fetch() -> bytes:
-        answer = _client().get_object(**where)
-        body = answer["Body"].read()
-        if len(body) != answer["ContentLength"]:
-            raise ConnectionError(f"body of {len(body)} bytes where {answer['ContentLength']} were announced")
-        return body
-
-    return _retried(url, lambda: HEDGE.run(fetch))
-
-
-class _Hedge:
-    """Reads of S3 objects that stall are asked for a second time; the first answer counts.
-
-    One stalled connection holds up a whole ordered stream, and stores do stall. A read is stalled when it takes
-    HEDGE_TIMES as long as the median of the last reads that ended well (HEDGE_FIRST_S before there are any). At most
-    one more request is made a read, and the one that lost ends by itself after READ_TIMEOUT_S.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.seconds: deque[float] = deque(maxlen=64)
-        self.hedged = 0
-
-    def run(self, fetch: Callable[[], bytes]) -> bytes:
-        """What `fetch` returns; raises what the last of its runs raised."""
-        first = self._start(fetch)
-        done, _ = wait([first], timeout=self._patience())
-        if done:
-            return first.result()
-        with self.lock:
-            self.hedged += 1
-        second = self._start(fetch)
-        done, _ = wait([first, second], return_when=FIRST_COMPLETED)
-        # where only the second failed, its error counts: to wait for the first could take all of READ_TIMEOUT_S
-        return next(
-            (future for future in done if future.exception() is None), second if second in done else first
-        ).result()
-
-    def _patience(self) -> float:
-        with self.lock:
-            typical = sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else None
-        return HEDGE_FIRST_S if typical is None else max(HEDGE_LEAST_S, HEDGE_TIMES * typical)
-
-    def _start(self, fetch: Callable[[], bytes]) -> "Future[bytes]":
-        future: Future[bytes] = Future()
-        # a thread of its own that nobody waits for: an executor would wait for the stalled one when Python ends
-        threading.Thread(target=self._work, args=(fetch, future), name="s3-read", daemon=True).start()
-        return future
-
-    def _work(self, fetch: Callable[[], bytes], future: "Future[bytes]") -> None:
-        began = time.monotonic()
-        try:
-            data = fetch()
-        except BaseException as error:
-            future.set_exception(error)
-            return
-        with self.lock:
-            self.seconds.append(time.monotonic() - began)
-        future.set_result(data)
-
-
-HEDGE = _Hedge()
+    return s3.read(url, where)
 
 
 def open_ranges(url: str) -> IO[bytes]:
@@ -305,6 +226,27 @@ def read_array(url: str, stop: int) -> NDArray[np.uint8]:
     return data[:at]
 
 
+def read_sure(url: str, sha256: str | None, stop: int) -> tuple[NDArray[np.uint8] | None, bool]:
+    """The first `stop` bytes at a URL (None: nothing is there), and whether they have that digest. From S3 they are
+    read up to READS times, until they have it or were twice the same without it: the line may have erred.
+
+    Raises:
+        StorageError: as `read_bytes`.
+    """
+    data: NDArray[np.uint8] | None = None
+    for attempt in range(READS if is_s3(url) else 1):
+        before = data
+        try:
+            data = read_array(url, stop)
+        except FileNotFoundError:
+            data = None
+        if data is not None and sha256 is not None and digest(data) == sha256:
+            return data, True
+        if attempt and (data is before if data is None or before is None else np.array_equal(data, before)):
+            break
+    return data, False
+
+
 def write_bytes(url: str, data: bytes | bytearray | memoryview) -> None:
     """Writes a whole file atomically and durably: temporary file, fsync, rename; on S3 a single PUT."""
     location = parse(url)
@@ -313,7 +255,7 @@ def write_bytes(url: str, data: bytes | bytearray | memoryview) -> None:
             file.write(data)
         return
     body = bytes(data) if not isinstance(data, bytes) else data
-    _retried(url, lambda: _client().put_object(Bucket=location.bucket, Key=location.path, Body=body))
+    s3.retried(url, lambda: s3.client().put_object(Bucket=location.bucket, Key=location.path, Body=body))
 
 
 def write_file(url: str, path: str | os.PathLike[str]) -> None:
@@ -328,11 +270,11 @@ def write_file(url: str, path: str | os.PathLike[str]) -> None:
         def send() -> None:
             source.seek(0)
             if os.fstat(source.fileno()).st_size <= ONE_PUT_BYTES:
-                _client().put_object(Bucket=location.bucket, Key=location.path, Body=source)
+                s3.client().put_object(Bucket=location.bucket, Key=location.path, Body=source)
             else:
-                _client().upload_fileobj(_Unclosed(source), location.bucket, location.path)
+                s3.client().upload_fileobj(_Unclosed(source), location.bucket, location.path)
 
-        _retried(url, send)
+        s3.retried(url, send)
 
 
 def fetch_file(url: str, path: str | os.PathLike[str]) -> None:
@@ -343,7 +285,7 @@ def fetch_file(url: str, path: str | os.PathLike[str]) -> None:
         while at < size:
             piece = read_bytes(url, at, min(at + (64 << 20), size))
             if not piece:
-                raise StorageError(f"{url} became shorter while it was read: {at} of {size} bytes")
+                raise s3.StorageError(f"{url} became shorter while it was read: {at} of {size} bytes")
             file.write(piece)
             at += len(piece)
 
@@ -364,7 +306,7 @@ def list_files(url: str) -> Iterator[Entry]:
         where: dict[str, Any] = {"Bucket": location.bucket, "Prefix": prefix, "MaxKeys": LIST_PAGE}
         if token is not None:
             where["ContinuationToken"] = token
-        page = _retried(url, lambda where=where: _client().list_objects_v2(**where))
+        page = s3.retried(url, lambda where=where: s3.client().list_objects_v2(**where))
         for item in page.get("Contents", ()):
             relative = item["Key"][len(prefix) :]
             if (
@@ -385,7 +327,7 @@ def delete(url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(location.path)
         return
-    _retried(url, lambda: _client().delete_object(Bucket=location.bucket, Key=location.path))
+    s3.retried(url, lambda: s3.client().delete_object(Bucket=location.bucket, Key=location.path))
 
 
 def delete_tree(url: str) -> None:
@@ -465,76 +407,6 @@ class _Unclosed:
 
     def read(self, size: int = -1) -> bytes:
         return self.file.read(size)
-
-
-def _client() -> Any:
-    """The S3 client of this process and endpoint (a client must not cross a fork)."""
-    return _client_of(os.getpid(), os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
-
-
-@lru_cache(maxsize=4)
-def _client_of(pid: int, endpoint: str | None) -> Any:
-    from boto3.session import Session
-    from botocore.config import Config
-
-    return Session().client(
-        "s3",
-        region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-        config=Config(
-            retries={"total_max_attempts": 1},  # one policy only: _retried
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
-            max_pool_connections=64,
-            # stores other than AWS refuse the newer checksum trailers; we keep digests of our own
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
-
-
-def _retried(url: str, call: Callable[[], T], attempts_if_missing: int = MISSING_ATTEMPTS) -> T:
-    """Runs an S3 request, again after a passing failure with exponential, jittered delays.
-
-    Raises:
-        FileNotFoundError, PermissionError: what the store said. StorageError: everything else, after ATTEMPTS tries.
-    """
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
-    last: Exception | None = None
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt) * random.uniform(0.5, 1.0))
-        try:
-            return call()
-        except NoCredentialsError as error:
-            raise PermissionError(
-                f"{url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role"
-            ) from error
-        except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            if code == "NoSuchBucket":
-                raise FileNotFoundError(f"{url}: there is no such bucket") from error
-            if status == 404 and attempt + 1 >= attempts_if_missing:
-                raise FileNotFoundError(f"{url}: there is no such object") from error
-            if status in (401, 403):
-                raise PermissionError(f"{url}: the store refused ({code})") from error
-            if (
-                status < 500
-                and status not in (404, 408, 429)
-                and code not in ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed")
-            ):
-                raise StorageError(f"{url}: the store answered {status} {code}") from error
-            last = error
-        except (BotoCoreError, OSError) as error:
-            last = error
-        except Exception as error:  # urllib3 errors come through bare from a streamed body
-            if not type(error).__module__.startswith("urllib3"):
-                raise
-            last = error
-    raise StorageError(
-        f"{url}: no answer after {ATTEMPTS} tries; the last failure: {type(last).__name__}: {last}"
-    ) from last
 
 
 def local_path(url: str) -> Path | None:

@@ -22,7 +22,7 @@ from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest
 from pipeline.data.request import Requests, StreamConfig, shard_request
 from pipeline.data.tar import DamagedShard
 
-BLOCK_IMAGES = 2048  # the most images a block: a reader's latency
+BLOCK_IMAGES = 4096  # the most images a block: a reader's latency, against what handing a block over costs
 BLOCK_BYTES = 16 << 20
 BLOCKS_AHEAD = 2  # at least: one consumed, one under way
 STAND_IN_TRIES = 64

@@ -29,8 +29,8 @@ EXTRAS = (CLASS, TAGS, CAPTION)  # what may follow an image, in this order
 _KEY = re.compile(rb"[0-9]{5,}-[0-9]{5,}")
 _CLASS = re.compile(rb"0|[1-9][0-9]{0,8}")
 _OCTAL = re.compile(rb"[0-7]{11}")
-_EIGHTS = 8 ** np.arange(10, -1, -1, dtype=np.int64)
-_MAGIC = np.frombuffer(b"ustar\x0000", np.uint8)
+_EIGHTS = 8.0 ** np.arange(10, -1, -1)
+_MAGIC, _MAGIC_AT = np.frombuffer(b"ustar\x0000", np.uint64)[0], 257
 _HEADER = (
     b"%s\x000000644\x000000000\x000000000\x00%011o\x0000000000000\x00        0"
     + bytes(100)
@@ -107,41 +107,31 @@ def walk(shard: str, data: UInt8s, samples: int, encoding: str, extras: tuple[st
 
 
 def _walk_at_once(data: UInt8s, samples: int, encoding: str, extras: tuple[str, ...]) -> Members | None:
-    """The walk with all headers checked together; None where anything is not as it mostly is."""
-    view, at, end = data.data, 0, len(data)
-    places: list[int] = []
-    sizes: list[int] = []
-    long_extras = tuple(extra != CLASS for extra in extras)  # a class takes one block, which is checked below
-    try:
-        for _ in range(samples):
-            size = int(bytes(view[at + 124 : at + 135]), 8)
-            places.append(at)
-            sizes.append(size)
-            at += BLOCK + (size + BLOCK - 1 & -BLOCK)
-            for long in long_extras:
-                size = int(bytes(view[at + 124 : at + 135]), 8) if long else 1
-                places.append(at)
-                sizes.append(size)
-                at += BLOCK + (size + BLOCK - 1 & -BLOCK)
-            if size < 0 or at > end:
-                return None
-    except ValueError:
+    """The walk with all headers found and checked together; None where anything is not as it mostly is."""
+    if not samples or len(data) < BLOCK:
         return None
-    if bytes(view[at:]) != END or not samples:
+    step, blocks = 1 + len(extras), data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    heads_at = np.flatnonzero(np.ndarray(len(blocks), np.uint64, data, _MAGIC_AT, (BLOCK,)) == _MAGIC)
+    if len(heads_at) != samples * step:  # an image may hold the magic, too
         return None
-    step, place, size = 1 + len(extras), np.array(places, dtype=np.int64), np.array(sizes, dtype=np.int64)
-    blocks = data.reshape(-1, BLOCK)
-    heads = blocks[place // BLOCK]
+    heads = blocks[heads_at]
+    if not _regular(heads):
+        return None
+    digits = heads[:, 124:135] - np.uint8(ord("0"))
+    size = (digits.astype(np.float64) @ _EIGHTS).astype(np.int64)  # below 2^33: exact
+    place = heads_at * BLOCK
+    follows = place + BLOCK + (size + BLOCK - 1 & -BLOCK)
+    if place[0] or not np.array_equal(place[1:], follows[:-1]) or data[follows[-1] :].tobytes() != END:
+        return None
     length = int((heads[0, :100] != 0).sum()) - len(SUFFIX[encoding])  # of the key; mostly the same in all of a shard
-    if not _regular(heads) or not _named(heads[::step], heads[::step], length, SUFFIX[encoding]):
+    if not _named(heads[::step], heads[::step], length, SUFFIX[encoding]):
         return None
     labels, texts = np.full(samples, -1, np.int64), dict[str, Int64s]()
     for i, extra in enumerate(extras, 1):
         if not _named(heads[i::step], heads[::step], length, b"." + extra.encode()):
             return None
         if extra == CLASS:
-            said = (heads[i::step, 124:135].astype(np.int64) - ord("0")) @ _EIGHTS
-            classes = _classes(blocks[place[i::step] // BLOCK + 1], said)
+            classes = _classes(blocks[heads_at[i::step] + 1, :9], size[i::step])
             if classes is None:
                 return None
             labels = classes
@@ -151,13 +141,11 @@ def _walk_at_once(data: UInt8s, samples: int, encoding: str, extras: tuple[str, 
 
 
 def _regular(heads: UInt8s) -> bool:
-    """Whether all are headers of regular ustar members with sizes of 11 octal digits."""
-    digits = heads[:, 124:135]
+    """Whether all are headers of regular members with sizes of 11 octal digits."""
     return bool(
-        (heads[:, 257:265] == _MAGIC).all()
-        and (heads[:, 156] == ord("0")).all()
+        (heads[:, 156] == ord("0")).all()
         and not heads[:, 345].any()
-        and ((digits >= ord("0")) & (digits <= ord("7"))).all()
+        and (heads[:, 124:135] - np.uint8(ord("0")) < 8).all()
     )
 
 

@@ -1,17 +1,18 @@
-"""Reading shards against the decoder alone and other readers: `python -m tests.benchmarks.data [--count 12000]`; with
+"""Reading shards against the decoder alone and other readers: `python -m tests.benchmarks.data [--json FILE]`; with
 --ray the same stream read by one and by two Ray tasks at a time for two workers, in wall time, and Ray Data beside it.
 
 32x32 PNG, 64x64 JPEG and 32x32 raw pixels in tars, page cache warm, one core, every line ending in uint8 batches of
-128 images (our stream verifies all bytes). The readers take turns; a rate is images over process CPU time, and the
-record is one line of JSON with medians and ratios. Readers that are not installed are left out.
+128 images (our stream verifies all bytes); and 32x32 PNG that OpenCV wrote, which our stream, too, decodes by OpenCV.
+The readers take turns; a rate is images over process CPU time. The record is JSON with medians, ratios and the
+machine; each of the two commands keeps the other's part of FILE. Readers that are not installed are left out.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import statistics
 import tarfile
@@ -28,12 +29,15 @@ import numpy as np
 import simplejpeg
 import torch
 
+from jobs.benchmark.step import machine
 from pipeline.data import images
 from pipeline.data.manifest import Manifest
+from pipeline.data.request import StreamConfig
 from pipeline.data.shards import ShardConfig, shard_in_process
-from pipeline.data.stream import StreamConfig, thread_stream
+from pipeline.data.stream import Stream, steps_a_block, thread_stream
 
 BATCH = 128
+READERS = 2
 Reader = Callable[[], int]
 
 
@@ -86,7 +90,8 @@ def ours(done: Manifest) -> Reader:
         read_ahead_bytes=4096 * done.image.bytes,
         cache_bytes=int(5 * sizes.max()),
     )
-    steps = done.split("train").total // BATCH
+    a_block = steps_a_block(config, done, 1)
+    steps = done.split("train").total // BATCH // a_block * a_block  # the same work in every turn
     source = thread_stream(config, done, [0])
 
     def run() -> int:
@@ -209,6 +214,17 @@ def rates(readers: dict[str, Reader], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seen.items()}
 
 
+@contextlib.contextmanager
+def opencv_writes() -> Iterator[None]:
+    """Sets that are made meanwhile hold OpenCV's PNGs."""
+    ours = images.ENCODERS["png"]
+    images.ENCODERS["png"] = lambda pixels, _: cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes()
+    try:
+        yield
+    finally:
+        images.ENCODERS["png"] = ours
+
+
 def read_rates(kind: str, folder: Path, count: int, rounds: int) -> dict[str, float]:
     """Rates of all readers of one kind of set: png, jpg or raw."""
     size = 64 if kind == "jpg" else 32
@@ -235,6 +251,14 @@ def read_rates(kind: str, folder: Path, count: int, rounds: int) -> dict[str, fl
             readers["mosaicml-streaming"] = mosaic(folder / "mds", encoded)
         readers |= {f"{name} alone": run for name, run in decoders(encoded, kind).items()}
     return rates(readers, rounds)
+
+
+def foreign_rates(folder: Path, count: int, rounds: int) -> dict[str, float]:
+    """Rates of PNGs that OpenCV wrote."""
+    with opencv_writes():
+        found = read_rates("png", folder, count, rounds)
+    found.pop("own decoder alone")
+    return found
 
 
 def shard_rates(folder: Path, count: int, rounds: int) -> dict[str, float]:
@@ -265,52 +289,69 @@ def shard_rates(folder: Path, count: int, rounds: int) -> dict[str, float]:
     return rates({"ours": job, "plain loop": loop}, rounds)
 
 
-def ray_rates(folder: Path, count: int) -> dict[str, float]:
-    """Images a second of wall time at two workers: read by one task at a time and by two, and by Ray Data."""
+def ray_rates(folder: Path, count: int, rounds: int) -> dict[str, float]:
+    """Images a second of wall time at two workers: read by one task at a time and by two, and by Ray Data;
+    medians of interleaved rounds."""
     write_crops(folder / "images", count, 32)
     config = ShardConfig(
         str(folder / "images"), str(folder / "set"), image_size=32, held_out=0.0, samples_per_shard=1000
     )
     done = shard_in_process(config)
-    settings = StreamConfig(done.url, batch_size=2 * BATCH, logical_shards=2, window=2, reader_cpus=1.0)
-    steps = 4 * (count // settings.batch_size)
-    found = {"in process": in_process(settings, done, steps)}
+    settings = StreamConfig(done.url, batch_size=2 * BATCH, logical_shards=2, window=2)
+    steps = 6 * (count // settings.batch_size)
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     import ray
 
-    for readers in (1, 2):
-        ray.init(address="local", num_cpus=readers, include_dashboard=False, log_to_driver=False)
-        found[f"{readers} reader tasks"] = through_ray(replace(settings, readers=readers), done, steps)
-        if readers == 2:
-            found["Ray Data"] = ray_data(done, count)
-        ray.shutdown()
-    return found
+    ray.init(address="local", num_cpus=READERS, include_dashboard=False, log_to_driver=False)
+    seen: dict[str, list[float]] = {"in process": [], "1 reader tasks": [], f"{READERS} reader tasks": []}
+    for _ in range(rounds):
+        seen["in process"].append(in_process(settings, done, steps))
+        for readers in (1, READERS):  # at a time, of both workers together
+            chosen = replace(settings, readers=readers, reader_cpus=READERS / readers)
+            seen[f"{readers} reader tasks"].append(through_ray(chosen, done, steps))
+    found = {name: statistics.median(values) for name, values in seen.items()} | {"Ray Data": ray_data(done, count)}
+    ray.shutdown()
+    inside, one, more = (statistics.median(values) for values in seen.values())
+    return found | {"1 reader / in process": one / inside, f"{READERS} readers / 1": more / one}
+
+
+class Consumer:
+    """A worker that takes batches of some logical shards and does nothing with them."""
+
+    def __init__(self, make: Callable[..., Stream], settings: StreamConfig, done: Manifest, parts: list[int]) -> None:
+        self.source = make(settings, done, parts)
+
+    def run(self, steps: int) -> tuple[int, float, float]:
+        """How many images came, and from when to when."""
+        began = time.time()
+        return sum(len(batch.images) for batch in islice(self.source, steps)), began, time.time()
+
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        self.source.close()
 
 
 def in_process(settings: StreamConfig, done: Manifest, steps: int) -> float:
     """By one thread, in this process."""
-    with thread_stream(settings, done, [0, 1]) as source:
-        next(source)
-        began = time.perf_counter()
-        count = sum(len(batch.images) for batch in islice(source, 2 * steps))
-        return count / (time.perf_counter() - began)
+    consumer = Consumer(thread_stream, replace(settings, readers=1), done, [0, 1])
+    consumer.run(steps // 4)
+    count, began, ended = consumer.run(2 * steps)
+    consumer.close()
+    return count / (ended - began)
 
 
 def through_ray(settings: StreamConfig, done: Manifest, steps: int) -> float:
-    """Two actors, each with a logical shard of its own."""
+    """Two workers, each with a logical shard of its own; all processes have started before the clock does."""
     import ray
 
     from pipeline.cluster.feed import ray_stream
 
-    def consume(logical_shard: int, steps: int) -> int:
-        with ray_stream(settings, done, [logical_shard]) as source:
-            return sum(len(batch.images) for batch in islice(source, steps))
-
-    task: Any = ray.remote(consume).options(num_cpus=0)
-    ray.get([task.remote(place, 8) for place in (0, 1)])  # processes have started
-    began = time.perf_counter()
-    count = sum(ray.get([task.remote(place, steps) for place in (0, 1)]))
-    return count / (time.perf_counter() - began)
+    actor: Any = ray.remote(Consumer).options(num_cpus=0)
+    workers = [actor.remote(ray_stream, settings, done, [place]) for place in (0, 1)]
+    ray.get([worker.run.remote(steps // 4) for worker in workers])
+    counts, began, ended = zip(*ray.get([worker.run.remote(steps) for worker in workers]), strict=True)
+    ray.get([worker.close.remote() for worker in workers])
+    return sum(counts) / (max(ended) - min(began))
 
 
 def ray_data(done: Manifest, count: int) -> float:
@@ -327,17 +368,17 @@ def ray_data(done: Manifest, count: int) -> float:
 
 
 def measure(count: int, rounds: int) -> dict[str, Any]:
-    """All rates, and the machine."""
+    """All rates of one core."""
     one_core()
     with tempfile.TemporaryDirectory(prefix="raydiffusion-benchmark-") as folder:
         found: dict[str, Any] = {
             kind: read_rates(kind, Path(folder, kind), count, rounds) for kind in ("png", "jpg", "raw")
         }
+        found["png by OpenCV"] = foreign_rates(Path(folder, "foreign"), count, rounds)
         found["shard"] = shard_rates(Path(folder, "shard"), count // 4, rounds)
     for values in found.values():
         values |= {f"ours / {name}": values["ours"] / rate for name, rate in values.items() if name != "ours"}
-    machine = {"cpu": platform.processor() or platform.machine(), "opencv": cv2.__version__, "torch": torch.__version__}
-    return found | {"images": count, "rounds": rounds, "machine": machine}
+    return found | {"images": count, "rounds": rounds}
 
 
 def main() -> None:
@@ -345,12 +386,18 @@ def main() -> None:
     arguments.add_argument("--count", type=int, default=12_000)
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--ray", action="store_true")
+    arguments.add_argument("--json", type=Path, help="file for the record")
     args = arguments.parse_args()
+    facts = machine("cpu") | {"opencv": cv2.__version__}
     if args.ray:
         with tempfile.TemporaryDirectory(prefix="raydiffusion-benchmark-") as folder:
-            print(json.dumps(ray_rates(Path(folder), args.count)))
+            found = {"ray": ray_rates(Path(folder), args.count, args.rounds) | {"machine": facts}}
     else:
-        print(json.dumps(measure(args.count, args.rounds), indent=1))
+        found = {"one core": measure(args.count, args.rounds) | {"machine": facts}}
+    if args.json is not None:
+        before = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(before | found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.F
 
     import boto3
 
-    from pipeline.data import storage
+    from pipeline.data import s3
 
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,
@@ -61,8 +61,8 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.F
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    storage._client_of.cache_clear()
+    s3.client_of.cache_clear()
     bucket = f"bucket-{zlib.crc32(request.node.nodeid.encode()):08x}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
-    storage._client_of.cache_clear()
+    s3.client_of.cache_clear()

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
-from pipeline.data import storage
+from pipeline.data import s3, storage
+from tests.faults.data_store import Proxy, environment
 
 REFUSED = [
     "pipe:cat /etc/passwd",
@@ -136,7 +138,7 @@ def test_missing_bucket_and_credentials_are_named(s3_bucket: str, monkeypatch: p
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._client_of.cache_clear()
+    s3.client_of.cache_clear()
     with pytest.raises(PermissionError, match="no S3 credentials"):
         storage.read_bytes(storage.join(s3_bucket, "x"))
 
@@ -145,9 +147,9 @@ def test_an_unreachable_store_is_named_after_all_tries(monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
-    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.001)
-    monkeypatch.setattr(storage, "LONGEST_DELAY_S", 0.002)
-    with pytest.raises(storage.StorageError, match=r"s3://bucket/x: no answer after 8 tries") as caught:
+    monkeypatch.setattr(s3, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(s3, "LONGEST_DELAY_S", 0.002)
+    with pytest.raises(s3.StorageError, match=r"s3://bucket/x: no answer after 8 tries") as caught:
         storage.read_bytes("s3://bucket/x")
     assert "very-secret" not in str(caught.value)
 
@@ -169,3 +171,36 @@ def test_hidden_files_are_left_out_and_link_loops_end(tmp_path: Path) -> None:
     (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "link").symlink_to(tmp_path / "a" / "x")
     assert [entry.path for entry in storage.list_files(str(tmp_path))] == ["a/x", "link"]
+
+
+def test_bytes_that_are_wrong_twice_in_the_same_way_are_damaged(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, read, reads = storage.join(s3_bucket, "data"), storage.read_array, list[str]()
+    storage.write_bytes(url, b"as it was")
+    monkeypatch.setattr(storage, "read_array", lambda url, stop: (reads.append(url), read(url, stop))[1])
+    for sha256, expected in ((storage.digest(b"as it was"), 1), (storage.digest(b"another"), 2), (None, 2)):
+        reads.clear()
+        data, right = storage.read_sure(url, sha256, 100)
+        assert data is not None
+        assert (data.tobytes(), right, len(reads)) == (b"as it was", expected == 1, expected)
+    assert storage.read_sure(storage.join(s3_bucket, "nothing"), None, 100) == (None, False)
+
+
+def test_bytes_that_the_line_damages_are_read_again(s3_server: str, s3_bucket: str) -> None:
+    url, body = storage.join(s3_bucket, "data"), os.urandom(1000)
+    storage.write_bytes(url, body)
+    with Proxy(s3_server, 0.5, 0, ("flipped byte",)) as proxy, environment(proxy.endpoint, ("test", "test")):
+        for _ in range(20):
+            data, right = storage.read_sure(url, storage.digest(body), 1001)
+            assert right
+            assert data is not None
+            assert data.tobytes() == body
+    assert proxy.injected.total() > 5
+
+
+def test_a_first_failure_is_tried_again_at_once_unless_the_store_has_too_much_to_do() -> None:
+    busy = ClientError({"ResponseMetadata": {"HTTPStatusCode": 503}}, "GetObject")  # pyright: ignore[reportArgumentType]
+    assert s3.delay(1, ConnectionError()) == 0
+    assert 0 < s3.delay(1, busy) <= s3.FIRST_DELAY_S
+    assert s3.delay(20, busy) <= s3.LONGEST_DELAY_S

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import manifest, shards, stream
+from pipeline.data import manifest, shards, stream, versions
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Mixture
 from pipeline.data.shards import ShardConfig
@@ -207,7 +207,7 @@ def test_mixtures_of_sets(tmp_path: Path) -> None:
         ({a.url: 1.0, mixed.url: 1.0}, "is a mixture itself"),
     ):
         with pytest.raises(ValueError, match=reason):
-            manifest.mix(str(tmp_path / "x"), weights)
+            versions.mix(str(tmp_path / "x"), weights)
     other = small_set(tmp_path / "c", 12, 4)
     with pytest.raises(ValueError, match=r"has shape \(1, 4, 4\)"):
-        manifest.mix(str(tmp_path / "x"), {a.url: 1.0, other.url: 1.0})
+        versions.mix(str(tmp_path / "x"), {a.url: 1.0, other.url: 1.0})

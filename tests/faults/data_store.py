@@ -134,10 +134,10 @@ class Proxy:
         injected: by kind of FAULTS, how many answers were broken.
     """
 
-    def __init__(self, upstream: str, share: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, upstream: str, share: float = 0.0, seed: int = 0, kinds: tuple[str, ...] = FAULTS) -> None:
         host, _, port = upstream.removeprefix("http://").partition(":")
         self.upstream = (host, int(port))
-        self.share, self.draw = share, random.Random(seed)
+        self.share, self.draw, self.kinds = share, random.Random(seed), kinds
         self.requests: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.injected: Counter[str] = Counter()
@@ -235,26 +235,26 @@ class Proxy:
     def _fault(self, name: str) -> str:
         if self.draw.random() >= self.share:
             return ""
-        kind = self.draw.choice([kind for kind in FAULTS if kind != "missing once" or name not in self.missed])
+        kind = self.draw.choice([kind for kind in self.kinds if kind != "missing once" or name not in self.missed])
         if kind == "missing once":
             self.missed.add(name)
         return kind
 
 
 @contextlib.contextmanager
-def environment(endpoint: str) -> Iterator[None]:
+def environment(endpoint: str, keys: tuple[str, str] = KEYS) -> Iterator[None]:
     """The process's S3 settings, and what they were afterwards."""
-    from pipeline.data import storage
+    from pipeline.data import s3
 
     values = {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": KEYS[0],
-        "AWS_SECRET_ACCESS_KEY": KEYS[1],
+        "AWS_ACCESS_KEY_ID": keys[0],
+        "AWS_SECRET_ACCESS_KEY": keys[1],
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
-    storage._client_of.cache_clear()
+    s3.client_of.cache_clear()
     try:
         yield
     finally:
@@ -263,4 +263,4 @@ def environment(endpoint: str) -> Iterator[None]:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
-        storage._client_of.cache_clear()
+        s3.client_of.cache_clear()

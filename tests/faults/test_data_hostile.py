@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.data import images, manifest, shards, storage
+from pipeline.data import images, manifest, s3, shards, storage
 from pipeline.data.shards import ShardConfig
 from pipeline.data.sources import tars
 
@@ -450,13 +450,13 @@ def test_a_store_that_redirects_is_not_followed(monkeypatch: pytest.MonkeyPatch)
         ("AWS_SECRET_ACCESS_KEY", "s"),
     ):
         monkeypatch.setenv(name, value)
-    storage._client_of.cache_clear()
+    s3.client_of.cache_clear()
     try:
-        with pytest.raises(storage.StorageError, match="307"):
+        with pytest.raises(s3.StorageError, match="307"):
             storage.read_bytes("s3://bucket/x.png")
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-        storage._client_of.cache_clear()
+        s3.client_of.cache_clear()
     assert "/stolen" not in seen

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.data import storage
+from pipeline.data import s3, storage
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import State
 from pipeline.training.retention import Keep
@@ -109,7 +109,7 @@ def die_on_disk(left: int) -> None:
 
 def die_on_s3(left: int) -> None:
     countdown = Countdown(left)
-    client = storage._client()
+    client = s3.client()
     for name in ("put_object", "delete_object"):
         setattr(client, name, countdown.around(getattr(client, name)))
 
@@ -191,6 +191,6 @@ def test_on_s3(tmp_path: Path, s3_bucket: str) -> None:
 
 def _on_s3(given: dict[str, str], bucket: str, report: str) -> None:
     os.environ.update(given)
-    client = storage._client()  # made once, no connection yet: it may cross a fork
-    storage._client = lambda: client
+    client = s3.client()  # made once, no connection yet: it may cross a fork
+    s3.client = lambda: client
     enumerate_deaths("s3", f"{bucket}/checkpoints", report)

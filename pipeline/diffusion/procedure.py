@@ -37,7 +37,7 @@ class Query:
 
     @property
     def rows(self) -> int:
-        return len(self.y)
+        return self.y.shape[0]
 
     @property
     def kind(self) -> Hashable:
@@ -69,7 +69,7 @@ class Answer:
 
     def part(self, start: int, count: int) -> "Answer":
         """Its rows start..start+count."""
-        if count == len(self.x_hat):
+        if count == self.x_hat.shape[0]:
             return self
         rows = slice(start, start + count)
         variance = None if self.variance is None else self.variance[rows]

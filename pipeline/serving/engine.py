@@ -333,7 +333,7 @@ class Engine:
         query, procedure = job.query, job.procedure
         if query is None or procedure is None:
             raise AssertionError(f"request {job.number} was answered without having asked")
-        job.answered += len(answer.x_hat)
+        job.answered += answer.x_hat.shape[0]
         job.parts.append(answer)
         if job.answered < query.rows:
             self._open.add(job)

@@ -96,7 +96,7 @@ def test_ray_trains_as_the_loop_does_and_goes_on(tmp_path: Path, small_set: Mani
     longer = {"images": 640}  # 40 steps, a checkpoint every 3
     config = run_config(tmp_path / "ray", small_set.url, training=longer)
     events: list[say.Event] = []
-    killed: list[int] = []
+    killed: list[int] = []  # the step that had been saved then
 
     def watch(event: say.Event) -> None:
         events.append(event)
@@ -104,7 +104,7 @@ def test_ray_trains_as_the_loop_does_and_goes_on(tmp_path: Path, small_set: Mani
             workers = train_workers()
             assert len(workers) == 2
             workers[1].kill()
-            killed.append(workers[1].pid)
+            killed.append(event.step)
 
     finished = fit(config, watch)
     assert finished == say.Finished(40, 640, "budget", f"{tmp_path}/ray/checkpoints/step-000000040")
@@ -114,7 +114,7 @@ def test_ray_trains_as_the_loop_does_and_goes_on(tmp_path: Path, small_set: Mani
     alone = assembly.train_here(run_config(tmp_path / "here", small_set.url, training=longer))
     here = {event.step: event for event in alone if isinstance(event, say.Step)}
     there = [event for event in events if isinstance(event, say.Step)]
-    untold = range(1, starts[1] + 1)  # where the killed one was rank 0, what it had not told yet
+    untold = range(killed[0] + 1, starts[1] + 1)  # where the killed one was rank 0: what it said after that save
     assert {event.step for event in there} | set(untold) == set(here)
     for event in there:
         loss = here[event.step].metrics["loss"]

@@ -13,6 +13,7 @@ STANDARD = set(sys.stdlib_module_names)
 # layer -> (project modules it may import, third-party packages it may import); data flows top to bottom
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/choose.py": (set(), set()),
+    "pipeline/folders.py": (set(), {"torch", "safetensors"}),
     "pipeline/diffusion": ({"pipeline.choose"}, {"torch", "jaxtyping"}),
     "pipeline/backbones": ({"pipeline.choose", "pipeline.diffusion"}, {"torch", "jaxtyping"}),
     "pipeline/data": (

@@ -24,7 +24,12 @@ def refused(reason: str) -> ValueError:
 
 def checked(architecture: Architecture, weights: Mapping[str, Tensor]) -> Weights:
     """The weights, if names and shapes are the architecture's. Raises ValueError otherwise."""
-    expected = {name: tuple(value.shape) for name, value in skeleton(architecture).state_dict().items()}
+    return fitting(skeleton(architecture), weights)
+
+
+def fitting(network: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
+    """The weights, if names and shapes are the network's. Raises ValueError otherwise."""
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in weights.items()}
     for kind, names in (("missing", expected.keys() - got.keys()), ("unknown", got.keys() - expected.keys())):
         if names:

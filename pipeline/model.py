@@ -200,7 +200,7 @@ class Model:
             y = noise.normal_(torch.empty(shape, device=self.device)).mul_(math.exp(float(levels[0]) / 2))
             y += self._clean(init, len(seeds))
         elif latents is not None:
-            y = latents.to(self.device, torch.float32) * self._latent_unit(levels)
+            y = latents.to(self.device, torch.float32).contiguous() * self._latent_unit(levels)
             if y.shape != shape:
                 raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
         else:
@@ -239,11 +239,13 @@ class Model:
         return math.sqrt(prior_variance(self.denoiser.process.scaling, float(levels[0])))
 
     def _clean(self, pixels: Tensor, n: int) -> Tensor:
-        """uint8 images (n, C, H, W) in model space."""
+        """uint8 images (n, C, H, W) in model space, in plain order: what an image scores or becomes does not depend on
+        how it lay in memory (channels_last from our shards and from files, not from an array).
+        """
         if pixels.dtype != torch.uint8 or pixels.shape != (n, *self.config.shape):
             shape = ", ".join(map(str, self.config.shape))
             raise ValueError(f"images must be uint8 ({n}, {shape}), got {pixels.dtype} {tuple(pixels.shape)}")
-        return images.to_model(pixels.to(self.device))
+        return images.to_model(pixels.to(self.device).contiguous())
 
     def scoring(
         self,

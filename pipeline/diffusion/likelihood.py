@@ -72,7 +72,7 @@ def _spread(gradient: Tensor, n: int, linear: float, quadratic: float) -> Tensor
     rougher one it is at most that for a Gaussian (its Hermite expansion). |E g|^2 is estimated by the products of
     different draws; with one draw it is taken to be E|g|^2.
     """
-    gradients = gradient.view(n, -1, gradient[0].numel())
+    gradients = gradient.reshape(n, -1, gradient[0].numel())  # not a view: images may lie in channels_last
     samples = gradients.shape[1]
     power = row_sum(gradients**2) / samples
     mean = power

@@ -5,7 +5,7 @@ another batch draws the same numbers.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,23 +39,28 @@ class Noise:
 
     def normal_(self, out: Tensor) -> Tensor:
         """Fill `out` (n, ...) with N(0, I), row i from generator i."""
-        for row, generator in zip(out, self.generators, strict=True):
-            row.normal_(generator=generator)
-        return out
+        return self._fill(out, torch.Tensor.normal_)
 
     def normal_like(self, reference: Tensor) -> Tensor:
         return self.normal_(torch.empty_like(reference))
 
     def uniform_(self, out: Tensor) -> Tensor:
         """Fill `out` (n, ...) with U[0, 1), row i from generator i."""
-        for row, generator in zip(out, self.generators, strict=True):
-            row.uniform_(generator=generator)
-        return out
+        return self._fill(out, torch.Tensor.uniform_)
 
     def rademacher_(self, out: Tensor) -> Tensor:
         """Fill `out` (n, ...) with independent signs, row i from generator i."""
+        return self._fill(out, torch.Tensor.bernoulli_).mul_(2).sub_(1)
+
+    def _fill(self, out: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+        """Row i by `draw` with generator i, in the order of its indices: torch fills in the order of memory, in which
+        an image in channels_last has its channels last.
+        """
         for row, generator in zip(out, self.generators, strict=True):
-            row.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            if row.is_contiguous():
+                draw(row, generator=generator)
+            else:
+                row.copy_(draw(torch.empty(row.shape, dtype=row.dtype, device=row.device), generator=generator))
         return out
 
 

@@ -94,9 +94,9 @@ def test_latents_do_not_depend_on_the_layout() -> None:
         up = [drive(made.encoding(images, None, how), made.networks) for images in layouts()]
         assert torch.equal(up[0], up[1]), sampler
         assert torch.equal(up[0], up[2]), sampler
-    last = up[0].contiguous(memory_format=torch.channels_last)
-    down = [drive(made.sampling((1, 2), None, how, latents=latents), made.networks) for latents in (up[0], last)]
-    assert torch.equal(*down)
+        last = up[0].contiguous(memory_format=torch.channels_last)
+        down = [drive(made.sampling((1, 2), None, how, latents=latents), made.networks) for latents in (up[0], last)]
+        assert torch.equal(*down), sampler
 
 
 @pytest.mark.parametrize("draw", ["normal_", "uniform_", "rademacher_"])

@@ -178,7 +178,6 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 def parse(text: str, overrides: Sequence[str], source: str) -> RunConfig:
     """`load_config` of a run file's text; `source` names it in errors."""
     import yaml
-    from omegaconf import OmegaConf
 
     try:
         values: Any = yaml.safe_load(text)
@@ -186,28 +185,49 @@ def parse(text: str, overrides: Sequence[str], source: str) -> RunConfig:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected sections (name, output, shard, ...), got {type(values).__name__}")
-    for override in overrides:
-        if "=" not in override or override.startswith(("=", "-")):
-            raise ValueError(
-                f"'{override}' is not an override; write section.key=value, for example training.images=100000"
-            )
-    given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
-    return from_plain(_merge(typing.cast(Section, values), typing.cast(Section, given)), source)
+    for path, value in sorted(map(_override, overrides), key=lambda item: item[0][-1] != "name"):  # a new choice first
+        values = _laid(values, path, value, RunConfig)
+    return from_plain(typing.cast(Section, values), source)
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`. A choice (a mapping with a name) that is given another name starts afresh: its options
-    were the other's.
+def _override(text: str) -> tuple[list[str], Any]:
+    """`section.key=value` as its path and its typed value."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    key, equals, value = text.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ValueError(f"'{text}' is not an override; write section.key=value, for example training.images=100000")
+    try:
+        typed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override '{text}' has no valid value: {' '.join(str(error).split())}") from None
+    return key.split("."), typed["value"]
+
+
+def _laid(old: Any, path: Sequence[str], value: Any, kind: Any) -> Any:
+    """`value` laid at `path` below `old`, whose type is `kind`.
+
+    A mapping laid on a section changes its keys. One laid on a choice (a mapping with a name) changes its options, or
+    starts afresh where the name is another: they were the other's. Any other mapping is a table of names: replaced.
     """
-    merged = dict(base)
-    for key, value in over.items():
-        merged[key] = value
-        old: Any = base.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
-            before, after = typing.cast(Section, old), typing.cast(Section, value)
-            if "name" not in after or after["name"] == before.get("name"):
-                merged[key] = _merge(before, after)
-    return merged
+    before: dict[str, Any] = dict(typing.cast(Section, old)) if isinstance(old, Mapping) else {}
+    if path:
+        key, *rest = path
+        if path == ["name"] and not is_dataclass(kind) and before.get("name", value) != value:
+            before = {}
+        child = _bare(get_type_hints(kind).get(key)) if is_dataclass(kind) else None
+        before[key] = _laid(before.get(key), rest, value, child)
+        return before
+    if isinstance(value, Mapping):
+        given = typing.cast(Section, value)
+        if is_dataclass(kind):
+            for key, item in given.items():
+                before = _laid(before, [str(key)], item, kind)
+            return before
+        if "name" in before and given.get("name", before["name"]) == before["name"]:
+            return {**before, **given}
+    return typing.cast(Any, value)
 
 
 def with_champion(config: RunConfig) -> RunConfig:

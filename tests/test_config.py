@@ -25,8 +25,39 @@ def test_overrides_are_typed() -> None:
 
 
 def test_another_choice_drops_the_options_of_the_old_one() -> None:
-    config = load_config(DIGITS, ["model.schedule={name: flow, gamma_max: 12}"])
-    assert config.model.schedule == {"name": "flow", "gamma_max": 12}
+    wanted = {"name": "flow", "gamma_max": 12}
+    assert load_config(DIGITS, ["model.schedule={name: flow, gamma_max: 12}"]).model.schedule == wanted
+    one_by_one = ["model.schedule.gamma_max=12", "model.schedule.name=flow"]  # in any order
+    assert load_config(DIGITS, one_by_one).model.schedule == wanted
+    assert load_config(DIGITS, one_by_one[::-1]).model.schedule == wanted
+    assert load_config(DIGITS, ["model={schedule: {name: flow, gamma_max: 12}}"]).model.schedule == wanted
+
+
+def test_the_same_choice_keeps_its_other_options() -> None:
+    for override in ("model.network={base_width: 48}", "model.network={name: unet, base_width: 48}"):
+        network = load_config(DIGITS, [override]).model.network
+        assert (network["base_width"], network["head_width"]) == (48, 16)
+
+
+def test_a_table_of_names_is_replaced_and_a_section_changed() -> None:
+    """Also within a section that is given as a mapping; a path into a table changes that one name."""
+
+    def estimators(*overrides: str) -> dict[str, dict[str, object]]:
+        return load_config(DIGITS, overrides).evaluation.estimators
+
+    both = {"vlb": {"levels": 64}, "ode": {"tolerance": 3e-3}}
+    assert estimators() == both
+    assert estimators("evaluation.estimators={vlb: {levels: 8}}") == {"vlb": {"levels": 8}}
+    assert estimators("evaluation={estimators: {vlb: {}}}") == {"vlb": {}}
+    assert estimators("evaluation.estimators={}") == {}
+    assert estimators("evaluation.estimators.vlb.levels=8") == {**both, "vlb": {"levels": 8}}
+    assert estimators("evaluation.estimators.vlb={control: false}") == {**both, "vlb": {"control": False}}
+    assert estimators("evaluation.estimators={ode: {}}", "evaluation.estimators.ode.probes=2") == {"ode": {"probes": 2}}
+    config = load_config(DIGITS, ["shard.mixture={a: 1, b: 2}", "shard.mixture={c: 1}", "evaluation={samples: 50}"])
+    assert config.shard.mixture == {"c": 1}
+    assert (config.evaluation.samples, config.evaluation.min_agreement) == (50, 0.95)
+    config = load_config(DIGITS, ["evaluation.sampling={options: {eta: 1.0}}", "evaluation.sampling.options={}"])
+    assert (config.evaluation.sampling.options, config.evaluation.sampling.steps) == ({}, 20)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +69,8 @@ def test_another_choice_drops_the_options_of_the_old_one() -> None:
         ("cluster.workers=0", r"cluster\.workers must be at least 1, got 0"),
         ("training=5", r"'training' is a section"),
         ("nonsense", r"'nonsense' is not an override"),
+        ("training.images={", r"override 'training.images=\{' has no valid value"),
+        ("training.images.most=1", r"training\.images: .*integer"),
         ("name=../etc", r"name must be letters"),
     ],
 )

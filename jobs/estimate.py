@@ -10,8 +10,8 @@ from torch import Tensor
 from jobs import cli
 from pipeline.choose import build as build_choice
 from pipeline.config import RunConfig
-from pipeline.data.stream import Batch
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.data.reading.stream import Batch
+from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
 from pipeline.model import build
 from pipeline.training.step import Place, TrainingModule, backward

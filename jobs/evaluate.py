@@ -12,11 +12,11 @@ from typing import Any
 
 from jobs import cli
 from jobs.progress import phases
+from pipeline import storage
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config
-from pipeline.data import storage
-from pipeline.data.manifest import load as load_manifest
-from pipeline.data.stream import held_out, train_images
+from pipeline.data.reading.stream import held_out, train_images
+from pipeline.data.sets.manifest import load as load_manifest
 from pipeline.evaluation.features import Labelled
 from pipeline.evaluation.measure import Evaluation, Row, evaluate, load, passed, rows, save
 from pipeline.evaluation.work import Worker, here

@@ -22,11 +22,12 @@ import httpx
 
 from jobs import cli, evaluate, register, shard, train
 from jobs.resources import PeakMemory
+from pipeline import storage
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config, to_yaml
-from pipeline.data import images, storage
-from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest
-from pipeline.data.stream import held_out, train_images
+from pipeline.data.formats import codecs
+from pipeline.data.reading.stream import held_out, train_images
+from pipeline.data.sets.manifest import HELD_OUT, TRAIN, Manifest
 from pipeline.evaluation.charts import Curve
 from pipeline.evaluation.features import Labelled
 from pipeline.evaluation.measure import Evaluation, rows
@@ -54,7 +55,7 @@ def write_digits(folder: Path) -> int:
     for index, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
         path = building / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(images.encode_png(image[:, :, None]))
+        path.write_bytes(codecs.encode_png(image[:, :, None]))
     building.rename(folder)  # the folder appears whole or not at all
     return len(pixels)
 
@@ -135,7 +136,7 @@ def ask(url: str, held: Labelled) -> dict[str, Any]:
     """
     with httpx.Client(base_url=url, timeout=60) as client:
         made = _answer(client.post("/v1/images/generations", json={"n": 10, "labels": list(range(10)), "seed": 1}))
-        encoded = [base64.b64encode(images.encode_png(i.permute(1, 2, 0).numpy())).decode() for i in held.images[:4]]
+        encoded = [base64.b64encode(codecs.encode_png(i.permute(1, 2, 0).numpy())).decode() for i in held.images[:4]]
         labels = None if held.labels is None else held.labels[:4].tolist()
         scored = _answer(client.post("/v1/likelihood", json={"images": encoded, "labels": labels, "seed": 1}))
         page = client.get("/")

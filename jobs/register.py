@@ -12,11 +12,10 @@ from pathlib import Path
 
 from jobs import cli
 from jobs.evaluate import model_url, stored
-from pipeline import interchange
+from pipeline import interchange, storage
 from pipeline import model as models
 from pipeline.choose import choose
 from pipeline.config import RunConfig, load_config
-from pipeline.data import storage
 from pipeline.evaluation import gates
 from pipeline.evaluation.measure import Evaluation, rows
 from pipeline.tracking.registry import Version, register

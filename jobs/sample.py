@@ -11,11 +11,12 @@ from typing import cast
 from jobs import cli
 from jobs.evaluate import model_url
 from jobs.progress import bar
+from pipeline import storage
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config
-from pipeline.data import generated, storage
-from pipeline.data.manifest import Manifest
-from pipeline.data.slices import SliceDone
+from pipeline.data.making import generated
+from pipeline.data.making.slices import SliceDone
+from pipeline.data.sets.manifest import Manifest
 from pipeline.evaluation.work import here
 from pipeline.model import Model
 from pipeline.model import load as load_model

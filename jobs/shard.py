@@ -4,10 +4,10 @@ new version; where nothing is new, it verifies what is there and mends what is d
 
 from jobs import cli
 from jobs.progress import bar
+from pipeline import storage
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config
-from pipeline.data import storage
-from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest, folder_of
+from pipeline.data.sets.manifest import HELD_OUT, TRAIN, Manifest, folder_of
 
 
 def run(config: RunConfig) -> Manifest:

@@ -21,7 +21,7 @@ def run(config: RunConfig, *, local: bool = False) -> say.Finished:
     """Train to the end of the budget, or until asked to stop. Needs a Ray session unless `local`.
 
     Raises:
-        preflight.Refused: lists everything that keeps the run from starting.
+        preflight.PreflightError: lists everything that keeps the run from starting.
     """
     prepare_environment()
     from pipeline import assembly, preflight, resume

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 import pipeline
-from pipeline import interchange
+from pipeline import interchange, storage
 from pipeline.choose import build as build_choice
-from pipeline.data import storage
-from pipeline.data.images import to_model
-from pipeline.data.manifest import Manifest
-from pipeline.data.manifest import load as load_manifest
-from pipeline.data.stream import Images, Stream, StreamConfig, held_out, thread_stream
+from pipeline.data.reading.stream import Images, Stream, StreamConfig, held_out, thread_stream
+from pipeline.data.sets.manifest import Manifest
+from pipeline.data.sets.manifest import load as load_manifest
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.likelihood import Likelihood
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.likelihood.estimators import Likelihood
+from pipeline.diffusion.objectives.objective import OBJECTIVES
+from pipeline.diffusion.pixels import to_model
 from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import key_seed
 from pipeline.model import Model, ModelConfig, Scoring, build, save

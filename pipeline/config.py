@@ -12,8 +12,8 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-from pipeline.data.shards import ShardConfig
-from pipeline.data.stream import StreamConfig
+from pipeline.data.making.shards import ShardConfig
+from pipeline.data.reading.stream import StreamConfig
 from pipeline.evaluation import EvaluationConfig
 from pipeline.model import ModelConfig
 from pipeline.serving.config import ServingConfig

@@ -18,25 +18,25 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline import backbones
+from pipeline import backbones, storage
 from pipeline.choose import build as build_choice
 from pipeline.choose import choose
-from pipeline.data import images, storage
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.encode import ENCODERS
-from pipeline.diffusion.grids import explicit_grid, grid
 from pipeline.diffusion.guidance import autoguidance, classifier_free
-from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood, PixelGrid
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood, PixelGrid
 from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.pixels import FIRST_LEVEL, PIXEL_BIN, to_model, to_pixels
 from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import Noise, key_seed
-from pipeline.diffusion.samplers import SAMPLERS, prior
+from pipeline.diffusion.sampling.encode import ENCODERS
+from pipeline.diffusion.sampling.grids import explicit_grid, grid
+from pipeline.diffusion.sampling.samplers import SAMPLERS, prior
 from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import SCHEDULES
 
 FILES = ("model.safetensors", "config.json", "card.json")
-PIXELS = PixelGrid(levels=256, first=images.FIRST_LEVEL, bin=images.PIXEL_BIN)
+PIXELS = PixelGrid(levels=256, first=FIRST_LEVEL, bin=PIXEL_BIN)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class Model:
         if pixels.dtype != torch.uint8 or pixels.shape != (n, *self.config.shape):
             shape = ", ".join(map(str, self.config.shape))
             raise ValueError(f"images must be uint8 ({n}, {shape}), got {pixels.dtype} {tuple(pixels.shape)}")
-        return images.to_model(pixels.to(self.device).contiguous())
+        return to_model(pixels.to(self.device).contiguous())
 
     def scoring(
         self,
@@ -299,7 +299,7 @@ class Model:
     ) -> Tensor:
         """n images, uint8 (n, C, H, W)."""
         seeds = [key_seed("sample", seed, index) for index in range(n)]
-        return images.to_pixels(drive(self.sampling(seeds, labels, how), self.networks)).cpu()
+        return to_pixels(drive(self.sampling(seeds, labels, how), self.networks)).cpu()
 
     def bits_per_dim(
         self, pixels: Tensor, labels: Sequence[int] | None = None, seed: int = 0, how: Scoring | None = None

@@ -4,21 +4,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pipeline import assembly
-from pipeline.data import storage
+from pipeline import assembly, storage
 from pipeline.tracking.client import Away, connect
 from pipeline.tracking.runs import began
 from pipeline.training.task import check_identity
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from pipeline.data.manifest import Manifest
+    from pipeline.data.sets.manifest import Manifest
 
 PROBE = ".writable"
 T = TypeVar("T")
 
 
-class Refused(ValueError):
+class PreflightError(ValueError):
     """problems: one line each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -30,7 +29,7 @@ def check(config: "RunConfig", *more: Callable[[], object]) -> "Manifest":
     """The shard set that the run trains on. more: further checks, which raise ValueError or OSError.
 
     Raises:
-        Refused: lists every problem.
+        PreflightError: lists every problem.
     """
     problems: list[str] = []
 
@@ -50,7 +49,7 @@ def check(config: "RunConfig", *more: Callable[[], object]) -> "Manifest":
     for attempt in more:
         found(attempt)
     if manifest is None or problems:
-        raise Refused(problems)
+        raise PreflightError(problems)
     return manifest
 
 

@@ -5,9 +5,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline import assembly
+from pipeline import assembly, storage
 from pipeline.config import RunConfig, TrackingConfig, parse, to_yaml
-from pipeline.data import storage
 from pipeline.tracking.facts import RUN_FILE, without_credentials
 from pipeline.tracking.results import run_file
 

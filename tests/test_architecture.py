@@ -16,16 +16,27 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/folders.py": (set(), {"torch", "safetensors"}),
     "pipeline/diffusion": ({"pipeline.choose"}, {"torch", "jaxtyping"}),
     "pipeline/backbones": ({"pipeline.choose", "pipeline.diffusion"}, {"torch", "jaxtyping"}),
-    "pipeline/data": (
-        {"pipeline.choose", "pipeline.diffusion"},
-        {"torch", "numpy", "pyarrow", "boto3", "botocore", "webdataset", "cv2", "isal", "PIL", "simplejpeg"},
+    "pipeline/storage": (set(), {"numpy", "boto3", "botocore", "pyarrow"}),
+    "pipeline/data/formats": ({"pipeline.choose"}, {"numpy", "cv2", "isal", "PIL", "simplejpeg"}),
+    "pipeline/data/sets": ({"pipeline.choose", "pipeline.storage", "pipeline.data.formats"}, {"numpy", "pyarrow"}),
+    "pipeline/data/config.py": (
+        {"pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets"},
+        set(),
+    ),
+    "pipeline/data/making": (
+        {"pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets", "pipeline.data.config"},
+        {"numpy", "pyarrow", "cv2"},
+    ),
+    "pipeline/data/reading": (
+        {"pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets", "pipeline.data.config"},
+        {"torch", "numpy", "pyarrow"},
     ),
     "pipeline/training": (
-        {"pipeline.choose", "pipeline.diffusion", "pipeline.backbones", "pipeline.data"},
+        {"pipeline.choose", "pipeline.diffusion", "pipeline.backbones", "pipeline.data", "pipeline.storage"},
         {"torch", "numpy", "safetensors"},
     ),
     "pipeline/model.py": (
-        {"pipeline.choose", "pipeline.diffusion", "pipeline.backbones", "pipeline.data"},
+        {"pipeline.choose", "pipeline.diffusion", "pipeline.backbones", "pipeline.data", "pipeline.storage"},
         {"torch", "safetensors"},
     ),
     "pipeline/interchange.py": (
@@ -33,11 +44,11 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors"},
     ),
     "pipeline/evaluation": (
-        {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.model"},
+        {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.storage", "pipeline.model"},
         {"torch", "numpy", "scipy", "sklearn", "matplotlib", "safetensors", "cv2"},
     ),
     "pipeline/serving": (
-        {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.model"},
+        {"pipeline.choose", "pipeline.diffusion", "pipeline.data", "pipeline.storage", "pipeline.model"},
         {"torch", "numpy", "pydantic"},
     ),
     "pipeline/web": ({"pipeline.serving"}, {"fastapi", "starlette", "pydantic"}),
@@ -46,6 +57,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "pipeline.choose",
             "pipeline.config",
             "pipeline.data",
+            "pipeline.storage",
             "pipeline.diffusion",
             "pipeline.interchange",
             "pipeline.model",
@@ -54,15 +66,29 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "pipeline/config.py": (
-        {"pipeline.data", "pipeline.evaluation", "pipeline.model", "pipeline.serving", "pipeline.training"},
+        {
+            "pipeline.data",
+            "pipeline.storage",
+            "pipeline.evaluation",
+            "pipeline.model",
+            "pipeline.serving",
+            "pipeline.training",
+        },
         {"pydantic", "omegaconf", "yaml"},
     ),
     "pipeline/preflight.py": (
-        {"pipeline.assembly", "pipeline.config", "pipeline.data", "pipeline.tracking", "pipeline.training"},
+        {
+            "pipeline.assembly",
+            "pipeline.config",
+            "pipeline.data",
+            "pipeline.storage",
+            "pipeline.tracking",
+            "pipeline.training",
+        },
         set(),
     ),
     "pipeline/resume.py": (
-        {"pipeline.assembly", "pipeline.config", "pipeline.data", "pipeline.tracking"},
+        {"pipeline.assembly", "pipeline.config", "pipeline.data", "pipeline.storage", "pipeline.tracking"},
         set(),
     ),
 }
@@ -103,6 +129,42 @@ def test_layer_imports_only_what_the_contract_allows(layer: str) -> None:
             else:
                 allowed = root in STANDARD | packages
             assert allowed, f"{path.relative_to(ROOT)} imports {module}: not in the contract of {layer}"
+
+
+def rooms_of() -> dict[str, set[str]]:
+    """room -> the rooms it imports; a room is a folder of modules, or a module that lies in `pipeline` itself."""
+    paths = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files_of("pipeline")
+    }
+
+    def room(module: str) -> str:
+        return module if paths[module].name == "__init__.py" or module.count(".") < 2 else module.rpartition(".")[0]
+
+    found: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline."):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    target = room(full if full in paths else node.module or "")
+                    if target != room(name):
+                        found.setdefault(room(name), set()).add(target)
+    return found
+
+
+def test_rooms_import_each_other_in_one_direction() -> None:
+    rooms, done = rooms_of(), set[str]()
+
+    def visit(room: str, above: tuple[str, ...]) -> None:
+        assert room not in above, f"a circle of imports: {' -> '.join([*above[above.index(room) :], room])}"
+        if room not in done:
+            for target in sorted(rooms.get(room, ())):
+                visit(target, (*above, room))
+            done.add(room)
+
+    assert len(rooms) > 10
+    for room in list(rooms):
+        visit(room, ())
 
 
 @pytest.mark.parametrize("package", ONLY_HOME)

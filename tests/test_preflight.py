@@ -12,8 +12,8 @@ import pytest
 from jobs import cli
 from pipeline import assembly, preflight
 from pipeline.config import RunConfig
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.sets.manifest import Manifest
 from pipeline.training import checkpoint
 from tests.cluster.test_train import run_config
 from tests.data.folders import small_set, write_images
@@ -68,7 +68,7 @@ def server() -> Iterator[Callable[[str], str]]:
 
 
 def problems(config: RunConfig, *more: Callable[[], object]) -> list[str]:
-    with pytest.raises(preflight.Refused) as refused:
+    with pytest.raises(preflight.PreflightError) as refused:
         preflight.check(config, *more)
     assert all("\n" not in line for line in refused.value.problems)
     return list(refused.value.problems)

@@ -8,8 +8,8 @@ import pytest
 from jobs import train
 from pipeline import resume
 from pipeline.config import RunConfig
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.sets.manifest import Manifest
 from pipeline.tracking import runs
 from tests.cluster.test_train import run_config
 from tests.data.folders import write_images

@@ -15,7 +15,7 @@ from pipeline import backbones
 from pipeline.backbones.published import PUBLISHED
 from pipeline.choose import build as build_choice
 from pipeline.config import RunConfig, load_config
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
 from pipeline.model import Model, Sampling, Scoring, build
 from pipeline.training.step import TrainingModule

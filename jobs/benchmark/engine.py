@@ -26,11 +26,11 @@ from pipeline.backbones.unet import UNetConfig
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.grids import grid
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.samplers import ddim
+from pipeline.diffusion.sampling.grids import grid
+from pipeline.diffusion.sampling.samplers import ddim
 from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.serving.engine import Engine
 

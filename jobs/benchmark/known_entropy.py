@@ -1,6 +1,6 @@
 """A likelihood held against the truth: a variational diffusion model trained on fields whose entropy is known.
 
-`mat` and `mix` of `pipeline.diffusion.fields` are random 8 x 8 images of 8 bits of which log P of each single image is
+`mat` and `mix` of `pipeline.diffusion.oracles.fields` are random 8 x 8 images of 8 bits of which log P of each is
 known. A network of less than 150,000 parameters sees fresh ones, through the project's own denoiser, objective `vlb`
 and averaged weights. On held-out images its bound is then paired with the truth: the gap, bound minus exact bits/dim of
 the same images, is what the model and the estimator together do not know, and can never be below 0 but by chance. The
@@ -28,9 +28,9 @@ from pipeline.choose import build as build_choice
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser, Process
-from pipeline.diffusion.fields import FIELDS, QuantisedField
-from pipeline.diffusion.likelihood import ESTIMATORS
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
+from pipeline.diffusion.objectives.objective import OBJECTIVES
+from pipeline.diffusion.oracles.fields import FIELDS, QuantisedField
 from pipeline.diffusion.procedure import Answerer, drive
 from pipeline.diffusion.randomness import Noise, StepKey, key_seed, keyed_generator
 from pipeline.diffusion.scaling import prior_variance

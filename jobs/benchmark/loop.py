@@ -22,8 +22,8 @@ from jobs.benchmark.step import machine
 from jobs.benchmark.step_contestants import BASE32
 from jobs.cli import console
 from pipeline.config import RunConfig, from_plain
-from pipeline.data.generated import GeneratedSet, commit, write_slice
-from pipeline.data.manifest import ImageSpec
+from pipeline.data.making.generated import GeneratedSet, commit, write_slice
+from pipeline.data.sets.manifest import ImageSpec
 from pipeline.training import events as say
 
 BATCH, WINDOW = 16, 4  # images a step, steps between two points of the loss curve

@@ -25,7 +25,7 @@ from pipeline.backbones.unet import UNetConfig
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.schedule import SCHEDULES
@@ -213,7 +213,7 @@ def our_loop(args: Namespace) -> Contestant:
     """The training loop itself, a loss told every step, its images uint8 in memory. Needs the data plane's packages."""
     from tempfile import mkdtemp
 
-    from pipeline.data.stream import Batch
+    from pipeline.data.reading.stream import Batch
     from pipeline.training import events as say
     from pipeline.training.loop import Task, TrainingConfig, train
     from pipeline.training.step import Place

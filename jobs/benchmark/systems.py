@@ -26,9 +26,9 @@ from jobs import cli, evaluate, train
 from jobs.progress import bar
 from pipeline.choose import choose
 from pipeline.config import RunConfig, load_config
-from pipeline.data.manifest import HELD_OUT, TRAIN, Manifest
-from pipeline.diffusion.likelihood import ESTIMATORS
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.data.sets.manifest import HELD_OUT, TRAIN, Manifest
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.evaluation.measure import Evaluation
 from pipeline.evaluation.statistics import Estimate
 from pipeline.model import build
@@ -127,8 +127,8 @@ def check_alike(systems: Sequence[System]) -> None:
 def data(config: RunConfig) -> Manifest:
     """The shard set, made of scikit-learn's digits where it is not there."""
     from jobs.quickstart import write_digits
-    from pipeline.data import storage
-    from pipeline.data.shards import shard_in_process
+    from pipeline import storage
+    from pipeline.data.making.shards import shard_in_process
 
     folder = storage.local_path(config.shard.source)
     if folder is not None:

@@ -13,9 +13,9 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.cluster.session import result
-from pipeline.data.blocks import Block, BlockRequest, read_block
-from pipeline.data.manifest import Manifest
-from pipeline.data.stream import Stream, StreamConfig
+from pipeline.data.reading.blocks import Block, BlockRequest, read_block
+from pipeline.data.reading.stream import Stream, StreamConfig
+from pipeline.data.sets.manifest import Manifest
 
 CLOSE_TIMEOUT_S = 5.0  # a cancelled task in a blocking read ends by itself, and nobody owns its block
 

@@ -13,9 +13,9 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import storage
 from pipeline.cluster.channel import EVERY_S
 from pipeline.cluster.watch import Sign, Verdict
-from pipeline.data import storage
 
 TELL_S = 15.0  # for the stacks of the workers that still give signs
 KILL_S = 30.0

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pipeline
+from pipeline import storage
 from pipeline.cluster import monitoring
-from pipeline.data import storage
 from pipeline.serving import logs
 from pipeline.serving.config import ServingConfig
+from pipeline.serving.model_cache import ModelCache
 from pipeline.serving.refusals import Refused, refused
 from pipeline.serving.service import Identity, Service
-from pipeline.serving.shelf import Shelf
 
 log = logging.getLogger("raydiffusion.serving")
 
@@ -61,7 +61,7 @@ class Replica:
         self.known = {pinned.url: pinned for pinned in models}
         logs.to_stderr()
         self.metrics = monitoring.ReplicaMetrics()
-        self.shelf = Shelf(self._open, self.settings.max_model_bytes)
+        self.shelf = ModelCache(self._open, self.settings.max_model_bytes)
         self.shelf.load(models[0].url)
 
     def _open(self, url: str) -> Service:

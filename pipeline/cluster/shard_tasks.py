@@ -8,10 +8,11 @@ from typing import Any
 import ray
 
 from pipeline.cluster.session import result
-from pipeline.data import shards, versions
-from pipeline.data.manifest import Manifest
-from pipeline.data.policy import ShardConfig
-from pipeline.data.slices import Slice, SliceDone, make_slice
+from pipeline.data.config import ShardConfig
+from pipeline.data.making import shards
+from pipeline.data.making.slices import Slice, SliceDone, make_slice
+from pipeline.data.sets import versions
+from pipeline.data.sets.manifest import Manifest
 
 TASKS_A_CPU = 2  # under way: one runs, one waits
 

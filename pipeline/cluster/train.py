@@ -15,13 +15,12 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingCon
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from pipeline import assembly
+from pipeline import assembly, storage
 from pipeline.cluster import capacity, hang
 from pipeline.cluster.channel import listen, open_channel
 from pipeline.cluster.preemption import NoticingTorchConfig
 from pipeline.cluster.watch import Verdict
 from pipeline.cluster.worker import REFUSED, work
-from pipeline.data import storage
 from pipeline.resume import with_full_paths
 from pipeline.training import events as say
 from pipeline.training.stopping import stop_on_signals

@@ -13,7 +13,7 @@ from pipeline import assembly
 from pipeline.cluster.channel import Speaker
 from pipeline.cluster.feed import ray_stream
 from pipeline.cluster.preemption import Notice
-from pipeline.data.manifest import load as load_manifest
+from pipeline.data.sets.manifest import load as load_manifest
 from pipeline.tracking.machine import Machine
 from pipeline.training import events as say
 from pipeline.training.loop import Hooks, RunError, train

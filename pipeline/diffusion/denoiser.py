@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.rows import shaped
 from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import LearnedGamma, Schedule
-
-
-def shaped(level: Tensor, like: Tensor) -> Tensor:
-    """A value a row, (n,), shaped (n, 1, ..., 1) to meet `like` (n, ...), in its dtype."""
-    return level.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
-
 
 # --- what the network is told of the level: one fixed monotone function of gamma --------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.estimate import Likelihood
+from pipeline.diffusion.likelihood.estimate import Likelihood
 from pipeline.evaluation.work import Progress, Worker, finish, score_work
 from pipeline.model import Scoring
 

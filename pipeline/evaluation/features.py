@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.data.images import to_model
+from pipeline.diffusion.pixels import to_model
 from pipeline.diffusion.randomness import key_seed, keyed_generator
 from pipeline.evaluation.statistics import Floats
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.evaluation.bits_per_dim import Scores, score
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.features import Labelled, features_of

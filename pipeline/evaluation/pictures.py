@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.images import encode_png
+from pipeline.data.formats.codecs import encode_png
 
 GAP = 1  # pixels between cells
 GROUND = 60  # grey level of the gaps

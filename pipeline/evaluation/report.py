@@ -11,7 +11,7 @@ from importlib.resources import files
 import numpy as np
 import torch
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.evaluation import charts, pictures
 from pipeline.evaluation.charts import Curve
 from pipeline.evaluation.config import EvaluationConfig

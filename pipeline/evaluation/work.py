@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.data.images import to_pixels
-from pipeline.diffusion.estimate import Likelihood
+from pipeline.diffusion.likelihood.estimate import Likelihood
+from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import key_seed
 from pipeline.model import Model, Sampling, Scoring

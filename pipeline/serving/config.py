@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipeline.choose import choose
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)

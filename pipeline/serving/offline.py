@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from pipeline.choose import choose
-from pipeline.data.generated import ENCODING, GeneratedSet, write_slice
-from pipeline.data.images import to_pixels
-from pipeline.data.manifest import ImageSpec
-from pipeline.data.slices import SliceDone
+from pipeline.data.making.generated import ENCODING, GeneratedSet, write_slice
+from pipeline.data.making.slices import SliceDone
+from pipeline.data.sets.manifest import ImageSpec
+from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.randomness import key_seed
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import Model, Sampling
 from pipeline.serving.engine import Engine
 from pipeline.serving.plans import class_names

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from pipeline.choose import choose
-from pipeline.data import images
-from pipeline.diffusion.encode import ENCODERS
-from pipeline.diffusion.grids import GRIDS
-from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood
+from pipeline.data.formats import codecs, fit, headers
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.randomness import key_seed
-from pipeline.diffusion.samplers import SAMPLERS, Sampler
+from pipeline.diffusion.sampling.encode import ENCODERS
+from pipeline.diffusion.sampling.grids import GRIDS
+from pipeline.diffusion.sampling.samplers import SAMPLERS, Sampler
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.refusals import RequestError
@@ -224,9 +224,9 @@ def plan_likelihood(
 
 
 def _decoded(data: bytes, name: str, policy: str, model: Model, config: ServingConfig) -> Tensor:
-    limits = images.Limits(bytes=config.max_request_bytes, pixels=config.max_image_pixels)
+    limits = headers.Limits(bytes=config.max_request_bytes, pixels=config.max_image_pixels)
     try:
-        pixels = images.fit(images.decode(data, model.config.channels, limits), model.config.size, policy)
+        pixels = fit.fit(codecs.decode(data, model.config.channels, limits), model.config.size, policy)
     except ValueError as error:
         raise RequestError(f"{name}: {error}", name.partition("[")[0]) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

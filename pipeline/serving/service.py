@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import images
-from pipeline.diffusion.encode import ENCODERS
-from pipeline.diffusion.grids import GRIDS
-from pipeline.diffusion.likelihood import ESTIMATORS, Likelihood
+from pipeline.data.formats import codecs
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood
+from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.procedure import Procedure
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.encode import ENCODERS
+from pipeline.diffusion.sampling.grids import GRIDS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import Model
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.engine import Engine, Progress
@@ -312,8 +313,8 @@ class Service:
 
 def _encoded(x: Tensor) -> list[str]:
     """Base64 PNG of each image of (n, C, H, W) in model space."""
-    pixels = images.to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
-    return [base64.b64encode(images.encode_png(np.ascontiguousarray(each))).decode() for each in pixels]
+    pixels = to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
+    return [base64.b64encode(codecs.encode_png(np.ascontiguousarray(each))).decode() for each in pixels]
 
 
 def _spread(evaluations: int, wanted: int) -> set[int]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from pipeline.config import RunConfig
-    from pipeline.data.manifest import Manifest
+    from pipeline.data.sets.manifest import Manifest
 
 SECTIONS = ("model", "objective", "training", "stream", "shard", "cluster")  # of the run file, as parameters
 RUN_FILE = "run.yaml"

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model as MLmodel
 
 from pipeline import model as models
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.tracking.client import connect
 
 FILES = (*models.FILES, "digests.json")

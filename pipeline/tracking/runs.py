@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.tracking import facts
 from pipeline.tracking.client import Away, client_of, connect, first_line, without_secret
 from pipeline.tracking.delivery import TrackedRun
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from pipeline.config import RunConfig
-    from pipeline.data.manifest import Manifest
+    from pipeline.data.sets.manifest import Manifest
 
 STORED = "mlflow.json"  # beside the run's output: which MLflow run it is
 

@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from pipeline.data import storage
+from pipeline import storage
 
 VERSION = 2
 COMMIT = "commit.json"

@@ -13,10 +13,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from pipeline.training.agreement import Agreement
 from pipeline.training.config import TrainingConfig
 from pipeline.training.restore import RunError
 from pipeline.training.step import Place
-from pipeline.training.table import Table
 
 
 class Diverged(RunError):
@@ -39,7 +39,7 @@ class Guard:
         self.losses: deque[float] = deque(maxlen=config.spike_window)
         self.norms: deque[float] = deque(maxlen=config.spike_window)
 
-    def judge(self, table: Table) -> Verdict | None:
+    def judge(self, table: Agreement) -> Verdict | None:
         """None for a good step, which is remembered."""
         loss, norm = table.loss, table.norm
         if not (math.isfinite(norm) and table.bad_shard() is None):
@@ -63,7 +63,7 @@ class Guard:
             own.extend(stored)
 
 
-def _blame(table: Table) -> str:
+def _blame(table: Agreement) -> str:
     """Which shard, rank and noise level."""
     shard, ranks = table.bad_shard(), len(table.norms)
     what = "loss"

@@ -6,8 +6,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from pipeline.data.stream import Batch
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.randomness import StepKey
+from pipeline.training.agreement import Agreement, agree
 from pipeline.training.checkpoint import State, Tensors
 from pipeline.training.ema import EMA, decay
 from pipeline.training.guards import Guard, Verdict, all_finite
@@ -17,7 +18,6 @@ from pipeline.training.progress import Progress
 from pipeline.training.reduction import Reduction
 from pipeline.training.restore import RunError
 from pipeline.training.step import TrainingModule
-from pipeline.training.table import Table, tabulate
 from pipeline.training.task import Task, check_identity
 
 
@@ -31,10 +31,10 @@ class Remembers(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """What became of a step. table: None where its batch was not looked at; verdict: why no weight changed, or None."""
 
-    table: Table | None
+    table: Agreement | None
     verdict: Verdict | None
     learning_rate: float
 
@@ -59,8 +59,8 @@ class Learner:
         """What the draws of the coming step depend on."""
         return [StepKey(self.task.seed, self.progress.step, shard, self.task.logical_shards) for shard in shards]
 
-    def step(self, batches: Sequence[Batch], wishes: Sequence[bool]) -> Outcome:
-        """One global batch. wishes: to stop, see `Table`."""
+    def step(self, batches: Sequence[Batch], wishes: Sequence[bool]) -> StepOutcome:
+        """One global batch. wishes: to stop, see `Agreement`."""
         task, config, progress = self.task, self.config, self.progress
         number, seen = progress.step + 1, progress.images
         shards = self.place.shards(task.logical_shards)
@@ -69,11 +69,11 @@ class Learner:
         )
         if number in progress.skip_steps or number in config.skip_steps:
             self._advance(left_out=True)
-            return Outcome(None, Verdict("asked", "it was to be left out"), rate)
+            return StepOutcome(None, Verdict("asked", "it was to be left out"), rate)
         losses = self.reduction.backward(batches, self.keys(shards))
         norm = gradient_norm(self.optimizer.gradients())
         lost = sum(len(batch.lost) for batch in batches)
-        table = tabulate(losses, norm, task.logical_shards, self.place, wishes, lost)
+        table = agree(losses, norm, task.logical_shards, self.place, wishes, lost)
         verdict = self.guard.judge(table)
         if verdict is None:
             self.optimizer.step(rate, clip_scale(norm, config.clip_norm))
@@ -83,7 +83,7 @@ class Learner:
         self.optimizer.zero_grad()
         self._advance(left_out=verdict is not None)
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if verdict is not None else 0
-        return Outcome(table, verdict, rate)
+        return StepOutcome(table, verdict, rate)
 
     def _advance(self, left_out: bool) -> None:
         progress = self.progress

@@ -11,21 +11,21 @@ from typing import Any
 
 from pipeline.training import events as say
 from pipeline.training import hardware
+from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoint import folder, newest
 from pipeline.training.config import TrainingConfig
 from pipeline.training.guards import Diverged
-from pipeline.training.learner import Learner, Outcome
-from pipeline.training.looking import evaluated, sampled
+from pipeline.training.learner import Learner, StepOutcome
+from pipeline.training.metrics import StepMetrics
+from pipeline.training.periodic_evaluation import evaluated, sampled
+from pipeline.training.prefetch import Prefetcher
 from pipeline.training.progress import Progress
-from pipeline.training.reader import Reader
 from pipeline.training.recovery import Recovery
 from pipeline.training.restore import RunError, restore
 from pipeline.training.retention import Keep
 from pipeline.training.saver import Saver
 from pipeline.training.start import make_ready
-from pipeline.training.table import Table
 from pipeline.training.task import Hooks, Task, check, check_identity
-from pipeline.training.window import Window
 
 __all__ = ["Diverged", "Hooks", "RunError", "Task", "TrainingConfig", "standing", "train"]
 
@@ -76,7 +76,7 @@ class _Run:
         self.learner = Learner(task)
         self.saver = Saver(task.store, Keep(config.keep, config.keep_best, config.keep_every_images))
         schedule = self.learner.denoiser.schedule
-        self.window = Window((schedule.gamma_min, schedule.gamma_max))
+        self.window = StepMetrics((schedule.gamma_min, schedule.gamma_max))
         self.prepared: say.Prepared | None = None
         self.stop: str | None = None  # why the ranks agreed to stop
         self.save = False  # they agreed to save now
@@ -109,7 +109,7 @@ class _Run:
     def _stretch(self) -> Iterator[say.Event]:
         """Steps to the end, or to where the run goes back to a checkpoint."""
         count = len(self.place.shards(self.task.logical_shards))
-        reader = Reader(self.task.open_batches, self.progress.step, self.task.total_steps, count)
+        reader = Prefetcher(self.task.open_batches, self.progress.step, self.task.total_steps, count)
         try:
             went_back = False
             while self._end() is None and not went_back:
@@ -130,7 +130,7 @@ class _Run:
         finally:
             reader.close()
 
-    def _after(self, outcome: Outcome) -> Generator[say.Event, None, bool]:
+    def _after(self, outcome: StepOutcome) -> Generator[say.Event, None, bool]:
         """What follows a step: guards, metrics, looks, a checkpoint. Whether the run went back."""
         verdict, end = outcome.verdict, self._end()
         if verdict is not None:
@@ -250,7 +250,7 @@ class _Run:
         )
 
 
-def _agreed(table: Table) -> str | None:
+def _agreed(table: Agreement) -> str | None:
     """Why some rank wishes to stop: being asked comes first."""
     asked, time_is_up, _ = table.wishes.tolist()
     return "stopped" if asked else "max_hours" if time_is_up else None

@@ -5,7 +5,7 @@ import gc
 import torch
 import torch.distributed
 
-from pipeline.data.stream import Batch
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training import hardware
 from pipeline.training.restore import RunError

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data.stream import Batch
-from pipeline.diffusion.loss import Loss
+from pipeline.data.reading.stream import Batch
+from pipeline.diffusion.objectives.loss import Loss
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training.step import Place, TrainingModule, backward, shard_backward
 

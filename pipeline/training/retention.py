@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.training.checkpoint import COMMIT, Damaged, Record, folder, folders, record, remove_record, verify
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.training.checkpoint import State, Tensors, folder, write
 from pipeline.training.retention import Keep, prune
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """How a save ended: committed or not, and what went wrong (with it, or where it was, with removing older ones).
 
     wait_s: what the caller spent on it; write_s: what the background did.
@@ -37,8 +37,8 @@ class Saver:
         self.store, self.keep = store, keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffers: dict[str, dict[str, Tensor]] = {}
-        self._pending: Future[Outcome] | None = None
-        self._done: list[Outcome] = []
+        self._pending: Future[SaveOutcome] | None = None
+        self._done: list[SaveOutcome] = []
 
     def save(self, state: State) -> None:
         """Starts a save; waits first for the one before."""
@@ -48,7 +48,7 @@ class Saver:
         wait_s = time.perf_counter() - start
         self._pending = self._pool.submit(self._write, held, wait_s)
 
-    def outcomes(self, wait: bool = False) -> list[Outcome]:
+    def outcomes(self, wait: bool = False) -> list[SaveOutcome]:
         """The saves that ended since the last call; with `wait` all that were started."""
         if wait or (self._pending is not None and self._pending.done()):
             self.wait()
@@ -84,7 +84,7 @@ class Saver:
             torch.cuda.synchronize()
         return {stem: {name: self._buffers[stem][name] for name in group} for stem, group in tensors.items()}
 
-    def _write(self, state: State, wait_s: float) -> Outcome:
+    def _write(self, state: State, wait_s: float) -> SaveOutcome:
         start = time.perf_counter()
         url, committed, failure = folder(self.store, state.step), False, None
         try:
@@ -95,7 +95,7 @@ class Saver:
             failure = f"{type(error).__name__}: {error}"
             if not committed:
                 self._clear(url)
-        return Outcome(state.step, url, committed, wait_s, time.perf_counter() - start, failure)
+        return SaveOutcome(state.step, url, committed, wait_s, time.perf_counter() - start, failure)
 
     def _clear(self, url: str) -> None:
         """Gives back the room that a failed save took; where that fails too, the next pruning does it."""

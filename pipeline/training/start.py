@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.distributed
 
-from pipeline.data.stream import Batch
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training import events as say
 from pipeline.training import hardware

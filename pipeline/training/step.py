@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.images import to_model
-from pipeline.data.stream import Batch
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.loss import Loss, Objective, drop_labels
+from pipeline.diffusion.objectives.loss import Loss, Objective, drop_labels
+from pipeline.diffusion.pixels import to_model
 from pipeline.diffusion.randomness import StepKey, key_seed
 
 

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from pipeline.data.stream import Batch
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.loss import Objective
+from pipeline.diffusion.objectives.loss import Objective
 from pipeline.training import hardware
 from pipeline.training.config import TrainingConfig
 from pipeline.training.restore import RunError

@@ -6,8 +6,8 @@ from starlette.exceptions import HTTPException
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.refusals import Refused
 from pipeline.web import routes
-from pipeline.web.door import Backend, Door
 from pipeline.web.errors import on_http, on_refused
+from pipeline.web.gateway import Backend, Gateway
 from pipeline.web.guard import Guard, Metrics
 
 
@@ -15,7 +15,7 @@ def make_app(backend: Backend, config: ServingConfig, metrics: Metrics | None = 
     """The application. Its errors, whatever their cause, have the one schema of `Refused`."""
     app = FastAPI(title="raydiffusion", version="1", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, config=config, metrics=metrics)
-    door = Door(backend, config, metrics)
+    door = Gateway(backend, config, metrics)
     app.add_exception_handler(Refused, on_refused)
     app.add_exception_handler(HTTPException, on_http)
     routes.add_page(app)

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from pipeline.serving.refusals import RequestError, refused
 from pipeline.serving.requests import GenerationRequest
-from pipeline.web.door import Door
+from pipeline.web.gateway import Gateway
 
 log = logging.getLogger("raydiffusion.serving")
 
@@ -50,7 +50,7 @@ async def unseen(events: AsyncGenerator[dict[str, Any], None], evaluation: int) 
 
 
 async def sent_events(
-    first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None], request: Request, door: Door
+    first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None], request: Request, door: Gateway
 ) -> AsyncGenerator[str, None]:
     """As they go over the wire."""
     trace = request.state.trace_id

@@ -21,9 +21,9 @@ from pipeline.serving.requests import (
     parse_body,
 )
 from pipeline.web.bodies import as_json, media_type, needs, read_body
-from pipeline.web.door import Backend, Door
 from pipeline.web.errors import ERRORS, refusing
 from pipeline.web.events import EventStream, last_event, sent_events, unseen
+from pipeline.web.gateway import Backend, Gateway
 
 PAGE = {  # route: file of the page folder, its media type
     "/": ("index.html", "text/html"),
@@ -86,7 +86,7 @@ def add_models(app: FastAPI, backend: Backend) -> None:
             return await backend.describe(model_id)
 
 
-def add_generation(app: FastAPI, door: Door) -> None:
+def add_generation(app: FastAPI, door: Gateway) -> None:
     """Images, whole or as a stream."""
 
     @app.post(
@@ -111,7 +111,7 @@ def add_generation(app: FastAPI, door: Door) -> None:
         return EventStream(sent_events(first, events, request, door))
 
 
-def add_likelihood(app: FastAPI, door: Door) -> None:
+def add_likelihood(app: FastAPI, door: Gateway) -> None:
     """Bits/dim, of JSON or of a form's files."""
     form = LikelihoodOptions.model_json_schema()
     form["properties"]["images"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
@@ -140,7 +140,7 @@ def add_likelihood(app: FastAPI, door: Door) -> None:
             return door.answer(request, await door.backend.likelihood(fields, encoded, asked.seed or 0))
 
 
-def add_encoding(app: FastAPI, door: Door) -> None:
+def add_encoding(app: FastAPI, door: Gateway) -> None:
     """Latents and back."""
 
     @app.post(
@@ -157,7 +157,7 @@ def add_encoding(app: FastAPI, door: Door) -> None:
             return door.answer(request, await door.backend.encode(fields))
 
 
-async def _json(request: Request, kind: type[Asked], door: Door) -> Asked:
+async def _json(request: Request, kind: type[Asked], door: Gateway) -> Asked:
     """A body that must be JSON, as a request of this kind."""
     needs(request, "application/json")
     return parse_body(kind, as_json(await read_body(request, door.config.max_request_bytes)))

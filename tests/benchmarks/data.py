@@ -30,11 +30,11 @@ import simplejpeg
 import torch
 
 from jobs.benchmark.step import machine
-from pipeline.data import images
-from pipeline.data.manifest import Manifest
-from pipeline.data.request import StreamConfig
-from pipeline.data.shards import ShardConfig, shard_in_process
-from pipeline.data.stream import Stream, steps_a_block, thread_stream
+from pipeline.data.config import StreamConfig
+from pipeline.data.formats import codecs
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.reading.stream import Stream, steps_a_block, thread_stream
+from pipeline.data.sets.manifest import Manifest
 
 BATCH = 128
 READERS = 2
@@ -107,12 +107,12 @@ def ours(done: Manifest) -> Reader:
 def own_decoder(encoded: list[bytes], size: int) -> Reader:
     """Our decoder of images that lie in memory, and nothing else."""
     payloads = [memoryview(data) for data in encoded]
-    out = images.room((BATCH, size, size, 3))
+    out = codecs.room((BATCH, size, size, 3))
 
     def run() -> int:
         for first in range(0, len(payloads), BATCH):
             some = payloads[first : first + BATCH]
-            images.decode_own(some, out[: len(some)])
+            codecs.decode_own(some, out[: len(some)])
         return len(payloads)
 
     return run
@@ -217,12 +217,12 @@ def rates(readers: dict[str, Reader], rounds: int) -> dict[str, float]:
 @contextlib.contextmanager
 def opencv_writes() -> Iterator[None]:
     """Sets that are made meanwhile hold OpenCV's PNGs."""
-    ours = images.ENCODERS["png"]
-    images.ENCODERS["png"] = lambda pixels, _: cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes()
+    ours = codecs.ENCODERS["png"]
+    codecs.ENCODERS["png"] = lambda pixels, _: cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes()
     try:
         yield
     finally:
-        images.ENCODERS["png"] = ours
+        codecs.ENCODERS["png"] = ours
 
 
 def read_rates(kind: str, folder: Path, count: int, rounds: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ from pipeline.backbones.interchange import to_diffusers
 from pipeline.backbones.table import Architecture
 from pipeline.backbones.unet import UNetConfig
 from pipeline.diffusion.procedure import drive
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import Model, ModelConfig, Sampling, build
 from pipeline.serving.engine import Engine
 

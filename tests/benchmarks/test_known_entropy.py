@@ -13,7 +13,7 @@ import torch
 
 from jobs.benchmark import known_entropy
 from jobs.benchmark.known_entropy import BARS, BOUND, FLOW, Gap, Training, missed, score, train
-from pipeline.diffusion.fields import FIELDS
+from pipeline.diffusion.oracles.fields import FIELDS
 from pipeline.model import build
 
 

@@ -22,10 +22,10 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from pipeline.backbones.unet import UNet, UNetConfig
-from pipeline.diffusion import ode
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.fields import mat
+from pipeline.diffusion.likelihood import ode
+from pipeline.diffusion.oracles.fields import mat
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.grids import grid
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import Answer, Procedure, drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.grids import grid
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.diffusion.schedule import LinearBeta
 from tests.diffusion.test_sampler_equivalence import LINEAR, diffusers, k_diffusion_sampling
 

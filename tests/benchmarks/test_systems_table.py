@@ -11,7 +11,7 @@ import pytest
 from jobs.benchmark import __main__ as benchmark
 from jobs.benchmark import systems
 from pipeline.config import load_config
-from pipeline.diffusion.likelihood import ESTIMATORS
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of its libraries
 ROOT = Path(__file__).parents[2]

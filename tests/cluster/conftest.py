@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.session import QUIET
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.sets.manifest import Manifest
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.ports import free_port
 from tests.cluster.endpoints import Registry, import_serve

@@ -19,9 +19,8 @@ from typing import Any
 import psutil
 import ray
 
-from pipeline import assembly
+from pipeline import assembly, storage
 from pipeline.config import RunConfig, from_plain, to_yaml
-from pipeline.data import storage
 from pipeline.training import checkpoint
 from pipeline.training import events as say
 

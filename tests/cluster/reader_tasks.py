@@ -5,8 +5,8 @@ import signal
 import time
 from pathlib import Path
 
-from pipeline.data import blocks
-from pipeline.data.blocks import Block, BlockRequest
+from pipeline.data.reading import blocks
+from pipeline.data.reading.blocks import Block, BlockRequest
 
 
 def slow(request: BlockRequest) -> Block:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.cluster.batch import ray_worker
-from pipeline.diffusion.estimate import Likelihood
+from pipeline.diffusion.likelihood.estimate import Likelihood
 from pipeline.evaluation.work import finish, here, sample_work, score_work
 from pipeline.model import Sampling, Scoring
 from tests.evaluation.tiny import stripes, tiny_model

@@ -11,11 +11,11 @@ import torch
 from ray.exceptions import RayTaskError, TaskCancelledError
 
 from pipeline.cluster import feed
-from pipeline.data import stream
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
-from pipeline.data.stream import StreamConfig
-from pipeline.data.tar import DamagedShard
+from pipeline.data.formats.tar import DamagedShard
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.reading import stream
+from pipeline.data.reading.stream import StreamConfig
+from pipeline.data.sets.manifest import Manifest
 from tests.cluster import reader_tasks
 from tests.data.folders import write_images
 

@@ -13,9 +13,9 @@ import torch
 
 from jobs.sample import run
 from pipeline.config import RunConfig, load_config
-from pipeline.data import generated
-from pipeline.data.manifest import TRAIN, samples
-from pipeline.data.stream import train_images
+from pipeline.data.making import generated
+from pipeline.data.reading.stream import train_images
+from pipeline.data.sets.manifest import TRAIN, samples
 from pipeline.model import Model, load
 from pipeline.serving import offline
 from pipeline.serving.offline import generated_set, sampled

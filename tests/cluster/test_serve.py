@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
-from pipeline.data.images import decode, encode_png
+from pipeline.data.formats.codecs import decode, encode_png
 from pipeline.serving.config import ServingConfig
 from tests.cluster.endpoints import GENERATE, SCORE, Registry, import_serve, until
 

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.cluster import shard_tasks
 from pipeline.cluster.shard_tasks import ShardProgress
-from pipeline.data import shards, slices
-from pipeline.data.shards import ShardConfig
+from pipeline.data.making import shards, slices
+from pipeline.data.making.shards import ShardConfig
 from tests.data.folders import write_images
 
 

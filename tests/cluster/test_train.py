@@ -7,11 +7,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import assembly
+from pipeline import assembly, storage
 from pipeline.cluster.train import fit
 from pipeline.config import RunConfig, from_plain
-from pipeline.data import storage
-from pipeline.data.manifest import Manifest
+from pipeline.data.sets.manifest import Manifest
 from pipeline.training import checkpoint
 from pipeline.training import events as say
 from tests.cluster.killed_training import train_workers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.making.shards import ShardConfig, shard_in_process
 from tests.cluster import killed_training as killed
 from tests.data.folders import write_images
 

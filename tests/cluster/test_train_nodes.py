@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import assembly
 from pipeline.config import RunConfig
-from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.making.shards import ShardConfig, shard_in_process
 from pipeline.training import checkpoint
 from pipeline.training import events as say
 from tests.cluster import killed_training as killed

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import blocks
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.reading import blocks
+from pipeline.data.sets.manifest import Manifest
 from tests.data.folders import write_images
 
 
@@ -52,7 +52,7 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.F
 
     import boto3
 
-    from pipeline.data import s3
+    from pipeline.storage import s3
 
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,

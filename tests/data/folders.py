@@ -7,9 +7,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
-from pipeline.data.stream import Batch, StreamConfig, thread_stream
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.reading.stream import Batch, StreamConfig, thread_stream
+from pipeline.data.sets.manifest import Manifest
 
 
 def write_images(folder: Path, count: int, size: int, channels: int = 3, classes: int = 3, seed: int = 0) -> None:

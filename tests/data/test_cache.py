@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import cache, storage
-from pipeline.data.cache import DiskCache
+from pipeline import storage
+from pipeline.data.reading import cache
+from pipeline.data.reading.cache import DiskCache
 
 
 def blob(i: int, size: int = 10_000) -> tuple[str, np.ndarray]:
@@ -104,7 +105,7 @@ def test_a_killed_writer_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     code = f"""
 import sys, time, numpy as np
 from pathlib import Path
-from pipeline.data.cache import DiskCache
+from pipeline.data.reading.cache import DiskCache
 def slow(self, data):
     open(self, "wb").write(b"half")
     print("writing", flush=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.data import hedge
-from pipeline.data.hedge import Hedge
+from pipeline.storage import hedge
+from pipeline.storage.hedge import Hedge
 
 
 def answer(heard: Callable[[], None]) -> bytes:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import order
-from pipeline.data.order import Order
+from pipeline.data.reading import order
+from pipeline.data.reading.order import Order
 
 layouts = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 

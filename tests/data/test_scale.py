@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import blocks, stream
-from pipeline.data.manifest import Manifest
-from pipeline.data.stream import StreamConfig
+from pipeline.data.reading import blocks, stream
+from pipeline.data.reading.stream import StreamConfig
+from pipeline.data.sets.manifest import Manifest
 
 LISTING = """
 import sys, time
 from pathlib import Path
-from pipeline.data import shards, storage
-from pipeline.data.policy import ShardConfig
+from pipeline import storage
+from pipeline.data.making import shards
+from pipeline.data.config import ShardConfig
 
 count = int(sys.argv[1])
 

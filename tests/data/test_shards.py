@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 from webdataset.compat import WebDataset
 
-from pipeline.data import images, manifest, shards, storage, tar
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig
+from pipeline import storage
+from pipeline.data.formats import codecs, tar
+from pipeline.data.making import shards
+from pipeline.data.making.shards import ShardConfig
+from pipeline.data.sets import manifest
+from pipeline.data.sets.manifest import Manifest
 from tests.data.folders import write_images
 
 
@@ -61,7 +64,7 @@ def test_tables_say_what_the_tars_hold(
         assert source is not None
         pixels = source.reshape(8, 8, channels)
         stored = (
-            images.decode(payload, channels)
+            codecs.decode(payload, channels)
             if encoding == "png"
             else np.load(io.BytesIO(payload), allow_pickle=False).transpose(1, 2, 0)
         )
@@ -259,7 +262,7 @@ def test_split_never_moves_and_duplicates_stay_together(tmp_path: Path) -> None:
 def test_card_statistics(made: Callable[..., Manifest]) -> None:
     done = made(50, 8, held_out=0.0)
     pixels = np.concatenate(
-        [images.decode(p.read_bytes(), 3).reshape(-1, 3) for p in Path(done.url + "-images").rglob("*.png")]
+        [codecs.decode(p.read_bytes(), 3).reshape(-1, 3) for p in Path(done.url + "-images").rglob("*.png")]
     ).astype(np.float64)
     assert done.card["channel_mean"] == pytest.approx(pixels.mean(axis=0).tolist(), rel=1e-12)
     assert done.card["channel_std"] == pytest.approx(pixels.std(axis=0).tolist(), rel=1e-9)

@@ -15,10 +15,13 @@ import pytest
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
-from pipeline.data import images, manifest, shards, storage
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig
-from pipeline.data.stream import StreamConfig
+from pipeline import storage
+from pipeline.data.formats import codecs
+from pipeline.data.making import shards
+from pipeline.data.making.shards import ShardConfig
+from pipeline.data.reading.stream import StreamConfig
+from pipeline.data.sets import manifest
+from pipeline.data.sets.manifest import Manifest
 from tests.data.folders import epoch_of
 
 RNG = np.random.default_rng(0)
@@ -32,7 +35,7 @@ def config(source: Path | str, folder: Path | str, **values: Any) -> ShardConfig
 
 
 def png(i: int) -> bytes:
-    return images.encode_png(PIXELS[i])
+    return codecs.encode_png(PIXELS[i])
 
 
 def write_tars(folder: Path, count: int = 48, each: int = 16) -> None:
@@ -192,7 +195,7 @@ def test_what_a_table_lacks_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_encodings(tmp_path: Path, encoding: str, exact: bool, channels: int) -> None:
     smooth = [cv2.resize(p[:3, :3], (8, 8), interpolation=cv2.INTER_CUBIC) for p in PIXELS]
-    write_table(tmp_path / "t.parquet", image=[images.encode_png(np.asarray(p, np.uint8)) for p in smooth])
+    write_table(tmp_path / "t.parquet", image=[codecs.encode_png(np.asarray(p, np.uint8)) for p in smooth])
     done = shards.shard_in_process(
         config(tmp_path / "t.parquet", tmp_path / "set", encoding=encoding, channels=channels, quality=95)
     )
@@ -204,8 +207,8 @@ def test_encodings(tmp_path: Path, encoding: str, exact: bool, channels: int) ->
         for name, image in zip(b.ids, b.images.numpy(), strict=True)
     }
     for source, row in want.items():
-        pixels = images.decode(
-            images.encode_png(np.asarray(smooth[int(source.rpartition("#")[2])], np.uint8)), channels
+        pixels = codecs.decode(
+            codecs.encode_png(np.asarray(smooth[int(source.rpartition("#")[2])], np.uint8)), channels
         )
         gap = np.abs(ids[row].transpose(1, 2, 0).astype(int) - pixels.astype(int)).max()
         assert gap == 0 if exact else gap < 40

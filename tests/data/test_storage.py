@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from pipeline.data import s3, storage
+from pipeline import storage
+from pipeline.storage import local, s3
 from tests.faults.data_store import Proxy, environment
 
 REFUSED = [
@@ -161,7 +162,7 @@ def test_a_failed_local_write_leaves_the_old_file_and_nothing_else(tmp_path: Pat
         storage.write_bytes(str(path), "not bytes")  # pyright: ignore[reportArgumentType]
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~storage._umask()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~local._umask()
 
 
 def test_hidden_files_are_left_out_and_link_loops_end(tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import blocks, manifest, stream
-from pipeline.data.manifest import Manifest
-from pipeline.data.stream import Batch, StreamConfig
-from pipeline.data.tar import DamagedShard
+from pipeline.data.config import ON_DAMAGE
+from pipeline.data.formats.tar import DamagedShard
+from pipeline.data.reading import blocks, stream
+from pipeline.data.reading.blocks import DAMAGE_POLICIES
+from pipeline.data.reading.stream import Batch, StreamConfig
+from pipeline.data.sets import manifest
+from pipeline.data.sets.manifest import Manifest
 
 
 def config(done: Manifest, **values: Any) -> StreamConfig:
@@ -244,8 +247,12 @@ def test_refusals(made: Callable[..., Manifest]) -> None:
 
 def test_a_reader_process_loads_no_torch() -> None:
     code = (
-        "import sys, pipeline.data.blocks\n"
+        "import sys, pipeline.data.reading.blocks\n"
         "print([m for m in ('torch', 'boto3', 'webdataset', 'ray', 'mlflow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_named_policy_of_damage_is_there() -> None:
+    assert set(ON_DAMAGE) == set(DAMAGE_POLICIES)

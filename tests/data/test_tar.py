@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data import tar
+from pipeline.data.formats import tar
 
 SAMPLES = [(b"00000-00000", b"x" * 700, 3), (b"00000-00001", b"y" * 512, 0), (b"00001-00000", b"", 41)]
 

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import manifest, shards, stream, versions
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import Mixture
-from pipeline.data.shards import ShardConfig
-from pipeline.data.stream import StreamConfig
+from pipeline.data.making import shards
+from pipeline.data.making.shards import ShardConfig
+from pipeline.data.reading import stream
+from pipeline.data.reading.order import Mixture
+from pipeline.data.reading.stream import StreamConfig
+from pipeline.data.sets import manifest, versions
+from pipeline.data.sets.manifest import Manifest
 from tests.data.folders import epoch_of, small_set, write_images
 
 

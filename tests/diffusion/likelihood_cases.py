@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.denoiser import Denoiser, Prediction, Process, shaped
-from pipeline.diffusion.estimate import Likelihood
-from pipeline.diffusion.exact import GaussianMixture, full_mixture
-from pipeline.diffusion.likelihood import ESTIMATORS, PixelGrid
+from pipeline.diffusion.denoiser import Denoiser, Prediction, Process
+from pipeline.diffusion.likelihood.estimate import Likelihood
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS, PixelGrid
+from pipeline.diffusion.oracles.exact import GaussianMixture, full_mixture
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import Answerer, drive
 from pipeline.diffusion.randomness import Noise
+from pipeline.diffusion.rows import shaped
 from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import LinearGamma
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.denoiser import Denoiser, shaped
+from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.randomness import StepKey
+from pipeline.diffusion.rows import shaped
 from pipeline.diffusion.schedule import LinearGamma, Schedule
 
 NONE = Conditioning()

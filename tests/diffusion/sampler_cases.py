@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Prediction, Process
-from pipeline.diffusion.exact import GaussianMixture, diagonal_mixture, full_mixture
+from pipeline.diffusion.oracles.exact import GaussianMixture, diagonal_mixture, full_mixture
 from pipeline.diffusion.procedure import Answer, Procedure, Query, drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.diffusion.scaling import prior_variance
 
 NONE = Conditioning()

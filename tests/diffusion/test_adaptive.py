@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.adaptive import _attempt, _norm, _slope, _State
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Prediction
-from pipeline.diffusion.fields import mix
-from pipeline.diffusion.ode import PAIRS
+from pipeline.diffusion.oracles.fields import mix
 from pipeline.diffusion.procedure import Answer, Procedure, drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.samplers import SAMPLERS, prior
+from pipeline.diffusion.runge_kutta import PAIRS
+from pipeline.diffusion.sampling.adaptive import _attempt, _norm, _slope, _State
+from pipeline.diffusion.sampling.samplers import SAMPLERS, prior
 from tests.diffusion.sampler_cases import HIGH, LOW, NONE, PROCESS, correlated, mixture, slope, uniform_gamma
 
 F64 = torch.float64

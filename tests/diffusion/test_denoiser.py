@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.denoiser import Denoiser, Process, shaped
+from pipeline.diffusion.denoiser import Denoiser, Process
 from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.rows import shaped
 from pipeline.diffusion.scaling import SCALINGS, prior_variance
 from pipeline.diffusion.schedule import EDM, Cosine, LearnedGamma, LinearBeta, LinearGamma
 

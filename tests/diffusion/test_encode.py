@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.encode import ENCODERS
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.encode import ENCODERS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from tests.diffusion.sampler_cases import HIGH, LOW, NONE, PROCESS, correlated, mixture, slope, uniform_gamma
 
 F64 = torch.float64

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pipeline.config import load_config
-from pipeline.diffusion.exact import oracle_denoiser
-from pipeline.diffusion.grids import explicit_grid, grid
-from pipeline.diffusion.likelihood import ESTIMATORS
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
+from pipeline.diffusion.oracles.exact import oracle_denoiser
 from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
+from pipeline.diffusion.sampling.grids import explicit_grid, grid
 from pipeline.diffusion.scaling import SCALINGS
 from pipeline.diffusion.schedule import SCHEDULES, LearnedGamma
 from pipeline.model import Model, ModelConfig, Scoring, build

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.exact import (
+from pipeline.diffusion.oracles.exact import (
     EmpiricalMixture,
     GaussianMixture,
     diagonal_mixture,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
-from pipeline.diffusion.exact import full_mixture, gaussian
-from pipeline.diffusion.fields import FIELDS, QuantisedField, mat, matern, mix
-from pipeline.diffusion.likelihood import vlb
+from pipeline.diffusion.likelihood.estimators import vlb
+from pipeline.diffusion.oracles.exact import full_mixture, gaussian
+from pipeline.diffusion.oracles.fields import FIELDS, QuantisedField, mat, matern, mix
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.scaling import prior_variance

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.diffusion.grids import GRIDS, explicit_grid, grid
+from pipeline.diffusion.sampling.grids import GRIDS, explicit_grid, grid
 from pipeline.diffusion.schedule import EDM, LinearBeta, LinearGamma
 
 F64 = torch.float64

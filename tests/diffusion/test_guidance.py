@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import NO_LABEL, Conditioning
 from pipeline.diffusion.denoiser import Prediction
-from pipeline.diffusion.exact import diagonal_mixture
 from pipeline.diffusion.guidance import Clip, autoguidance, classifier_free, clipped
+from pipeline.diffusion.oracles.exact import diagonal_mixture
 from pipeline.diffusion.procedure import Answer, Procedure, Query, drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from tests.diffusion.sampler_cases import PROCESS, uniform_gamma
 
 F64 = torch.float64

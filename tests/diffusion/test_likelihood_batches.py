@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.estimate import Likelihood
-from pipeline.diffusion.likelihood import ESTIMATORS
+from pipeline.diffusion.likelihood.estimate import Likelihood
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
 from tests.diffusion.likelihood_cases import estimate, grey_images, small_denoiser
 
 # every estimator of the table with the options that draw, learn or adapt

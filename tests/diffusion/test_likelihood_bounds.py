@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pipeline.diffusion.bounds import ancestral_steps, ddim_steps, step_divergence
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Prediction, Process
-from pipeline.diffusion.grids import grid
-from pipeline.diffusion.likelihood import PixelGrid
+from pipeline.diffusion.likelihood.bounds import ancestral_steps, ddim_steps, step_divergence
+from pipeline.diffusion.likelihood.estimators import PixelGrid
 from pipeline.diffusion.procedure import Answer
+from pipeline.diffusion.sampling.grids import grid
 from pipeline.diffusion.scaling import SCALINGS, prior_variance
 from pipeline.diffusion.schedule import Cosine, LinearBeta, LinearGamma
 from tests.diffusion.likelihood_cases import (

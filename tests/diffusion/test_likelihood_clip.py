@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Prediction, Process
-from pipeline.diffusion.likelihood import ESTIMATORS, PixelGrid
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS, PixelGrid
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.scaling import prior_variance

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from pipeline.diffusion.decoders import (
-    PixelGrid,
+from pipeline.diffusion.likelihood.decoders import (
     expected_softmax,
     log_bin_probability,
     mix_log_variance,
-    row_sum,
     softmax_level,
 )
+from pipeline.diffusion.pixels import PixelGrid
+from pipeline.diffusion.rows import row_sum
 from tests.diffusion.likelihood_cases import PIXELS, UniformLevels, estimate, grey_images, process, small_denoiser
 
 LEVELS = torch.arange(256)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from pipeline.diffusion import ode
+from pipeline.diffusion import runge_kutta
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Prediction
-from pipeline.diffusion.exact import GaussianMixture, diagonal_mixture, full_mixture
-from pipeline.diffusion.fields import mat
+from pipeline.diffusion.likelihood import ode
+from pipeline.diffusion.oracles.exact import GaussianMixture, diagonal_mixture, full_mixture
+from pipeline.diffusion.oracles.fields import mat
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
 from tests.diffusion.likelihood_cases import (
@@ -47,7 +48,7 @@ def solve(oracle: Any, y: Tensor, kind: str = "exact", probes: int = 1, **option
 # --- the value ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", list(ode.PAIRS))
+@pytest.mark.parametrize("solver", list(runge_kutta.PAIRS))
 def test_change_of_density_is_that_of_the_marginals(solver: str) -> None:
     """The flow carries the marginal at gamma_min to that at gamma_max, so that the log volume is their difference."""
     oracle = mixture()
@@ -62,10 +63,10 @@ def test_change_of_density_is_that_of_the_marginals(solver: str) -> None:
     torch.testing.assert_close(end.x_hat, oracle.denoise(y, low), rtol=1e-9, atol=1e-12 / s)
 
 
-@pytest.mark.parametrize("name", list(ode.PAIRS))
+@pytest.mark.parametrize("name", list(runge_kutta.PAIRS))
 def test_the_pairs_have_their_order(name: str) -> None:
     """On dy/dt = y cos(t) + t: a step's error falls as h^(order + 1), its estimate as h^order."""
-    pair = ode.PAIRS[name]
+    pair = runge_kutta.PAIRS[name]
 
     def step(h: float) -> tuple[float, float]:
         slopes: list[float] = []

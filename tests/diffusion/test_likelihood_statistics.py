@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.decoders import expected_softmax
-from pipeline.diffusion.exact import GaussianMixture
-from pipeline.diffusion.fields import mat, mix
+from pipeline.diffusion.likelihood.decoders import expected_softmax
+from pipeline.diffusion.oracles.exact import GaussianMixture
+from pipeline.diffusion.oracles.fields import mat, mix
 from tests.diffusion.likelihood_cases import PIXELS, estimate, gaussian_field, process
 
 FACTS = process()

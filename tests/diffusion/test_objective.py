@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.conditioning import NO_LABEL, Conditioning
-from pipeline.diffusion.denoiser import Denoiser, shaped
-from pipeline.diffusion.loss import DENSITIES, WEIGHTS, binned, draw_noise, draw_uniform, drop_labels, noisy
-from pipeline.diffusion.objective import OBJECTIVES, EDMLoss, Loss, Simple, Weighted
+from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.objectives.loss import DENSITIES, WEIGHTS, binned, draw_noise, draw_uniform, drop_labels, noisy
+from pipeline.diffusion.objectives.objective import OBJECTIVES, EDMLoss, Loss, Simple, Weighted
 from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
+from pipeline.diffusion.rows import shaped
 from pipeline.diffusion.scaling import SCALINGS
 from pipeline.diffusion.schedule import EDM, Cosine, Flow, Geometric, LearnedGamma, LinearBeta, LinearGamma
 from tests.diffusion.objective_cases import NONE, eps_error, gaussian_denoiser, key, on_grid

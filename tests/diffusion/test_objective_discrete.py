@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from pipeline.diffusion.decoders import PixelGrid
-from pipeline.diffusion.denoiser import shaped
-from pipeline.diffusion.discrete import DiscreteVLB, History, Hybrid, Terms, decoder_log_variances, steps_of
-from pipeline.diffusion.likelihood import ddim_bound, vlb_discrete
-from pipeline.diffusion.loss import Loss, draw_noise, noisy, regress
+from pipeline.diffusion.likelihood.estimators import ddim_bound, vlb_discrete
+from pipeline.diffusion.objectives.discrete import DiscreteVLB, History, Hybrid, Terms, decoder_log_variances, steps_of
+from pipeline.diffusion.objectives.loss import Loss, draw_noise, noisy, regress
+from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
+from pipeline.diffusion.rows import shaped
 from pipeline.diffusion.scaling import SCALINGS
 from pipeline.diffusion.schedule import Cosine, LinearBeta, LinearGamma
 from tests.diffusion.objective_cases import NONE, eps_error, gaussian_denoiser, key, on_grid

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.loss import Loss
-from pipeline.diffusion.objective import Objective
+from pipeline.diffusion.objectives.loss import Loss
+from pipeline.diffusion.objectives.objective import Objective
+from pipeline.diffusion.objectives.score_matching import DenoisingScoreMatching, ImplicitScoreMatching
 from pipeline.diffusion.schedule import VP, Geometric
-from pipeline.diffusion.score_matching import DenoisingScoreMatching, ImplicitScoreMatching
 from tests.diffusion.objective_cases import NONE, eps_error, gaussian_denoiser, key, on_grid
 
 X = on_grid(256, std=0.3, size=4)

@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.diffusion.bounds import prior_term
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.decoders import PixelGrid, expected_softmax
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.likelihood import vlb
+from pipeline.diffusion.likelihood.bounds import prior_term
+from pipeline.diffusion.likelihood.decoders import expected_softmax
+from pipeline.diffusion.likelihood.estimators import vlb
+from pipeline.diffusion.objectives.variational import BIT, VLB, interior_surrogate, path, prior_nats, softmax_nats
 from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.scaling import SCALINGS
 from pipeline.diffusion.schedule import EDM, Flow, LearnedGamma, LinearGamma, derivative
-from pipeline.diffusion.variational import BIT, VLB, interior_surrogate, path, prior_nats, softmax_nats
 from tests.diffusion.objective_cases import NONE, eps_error, gaussian_denoiser, key, on_grid
 
 X = on_grid(64, std=0.3)

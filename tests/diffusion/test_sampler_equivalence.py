@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.denoiser import Denoiser, Process, shaped
-from pipeline.diffusion.grids import grid
+from pipeline.diffusion.denoiser import Denoiser, Process
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.rows import shaped
+from pipeline.diffusion.sampling.grids import grid
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.diffusion.schedule import EDM, LinearBeta, Schedule
 
 with warnings.catch_warnings():

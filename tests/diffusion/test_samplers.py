@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.diffusion.denoiser import INPUTS, LEVELS, Denoiser, Prediction
-from pipeline.diffusion.exact import gaussian, oracle_denoiser
-from pipeline.diffusion.grids import explicit_grid, grid
 from pipeline.diffusion.guidance import Clip
-from pipeline.diffusion.moves import ancestral_moves, ddim_moves, levels
+from pipeline.diffusion.oracles.exact import gaussian, oracle_denoiser
 from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
 from pipeline.diffusion.procedure import Answer, drive
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.samplers import SAMPLERS, prior
+from pipeline.diffusion.sampling.grids import explicit_grid, grid
+from pipeline.diffusion.sampling.moves import ancestral_moves, ddim_moves, levels
+from pipeline.diffusion.sampling.samplers import SAMPLERS, prior
+from pipeline.diffusion.sampling.second_order import two_step_moves
 from pipeline.diffusion.scaling import SCALINGS, prior_variance
 from pipeline.diffusion.schedule import SCHEDULES, LearnedGamma, LinearBeta, LinearGamma
-from pipeline.diffusion.second_order import two_step_moves
 from tests.diffusion.sampler_cases import (
     DETERMINISTIC,
     FIXED,

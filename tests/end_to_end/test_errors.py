@@ -35,7 +35,7 @@ def test_one_line_and_exit_code_2(case: str, tmp_path: Path) -> None:
 
 
 def test_unreachable_tracking_server(tmp_path: Path) -> None:
-    from pipeline.data.shards import ShardConfig, shard_in_process
+    from pipeline.data.making.shards import ShardConfig, shard_in_process
 
     make_images(tmp_path / "images", 12)
     shard_in_process(
@@ -53,7 +53,7 @@ def test_unreachable_tracking_server(tmp_path: Path) -> None:
 def make_images(folder: Path, count: int) -> None:
     import numpy as np
 
-    from pipeline.data.images import encode_png
+    from pipeline.data.formats.codecs import encode_png
 
     random = np.random.default_rng(0)
     for index in range(count):

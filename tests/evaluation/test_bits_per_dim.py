@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.diffusion.estimate import Likelihood
+from pipeline.diffusion.likelihood.estimate import Likelihood
 from pipeline.evaluation.bits_per_dim import joined, score
 from pipeline.evaluation.work import cuts, finish, here, sample_work
 from pipeline.model import Sampling, Scoring

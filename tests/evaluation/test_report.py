@@ -112,7 +112,7 @@ def test_a_grid_holds_every_image_in_its_place() -> None:
     picture = pictures.grid(images, 3)
     assert picture.shape == (1, 2 * 8 + 1, 3 * 8 + 2)
     assert torch.equal(picture[:, 9:17, 9:17], images[4])
-    from pipeline.data.images import decode
+    from pipeline.data.formats.codecs import decode
 
     decoded = torch.from_numpy(decode(pictures.png(picture, 2), 1)).permute(2, 0, 1)
     assert torch.equal(decoded[:, ::2, ::2], picture)

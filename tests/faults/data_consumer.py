@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import load
-from pipeline.data.stream import StreamConfig
+from pipeline.data.reading.stream import StreamConfig
+from pipeline.data.sets.manifest import load
 
 SHARDS = 3
 

@@ -244,7 +244,7 @@ class Proxy:
 @contextlib.contextmanager
 def environment(endpoint: str, keys: tuple[str, str] = KEYS) -> Iterator[None]:
     """The process's S3 settings, and what they were afterwards."""
-    from pipeline.data import s3
+    from pipeline.storage import s3
 
     values = {
         "AWS_ENDPOINT_URL": endpoint,

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data import blocks, manifest
-from pipeline.data.manifest import Manifest
-from pipeline.data.stream import StreamConfig
-from pipeline.data.tar import BLOCK, DamagedShard
+from pipeline.data.formats.tar import BLOCK, DamagedShard
+from pipeline.data.reading import blocks
+from pipeline.data.reading.stream import StreamConfig
+from pipeline.data.sets import manifest
+from pipeline.data.sets.manifest import Manifest
 from tests.data.folders import epoch_of, small_set
 
 Place = tuple[int, int]  # a member's header and its whole length with padding

@@ -23,12 +23,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.data import images, manifest, s3, shards, storage
-from pipeline.data.shards import ShardConfig
-from pipeline.data.sources import tars
+from pipeline import storage
+from pipeline.data.formats import codecs
+from pipeline.data.making import shards
+from pipeline.data.making.shards import ShardConfig
+from pipeline.data.making.sources import tars
+from pipeline.data.sets import manifest
+from pipeline.storage import s3
 
 RNG = np.random.default_rng(0)
-GOOD = images.encode_png(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+GOOD = codecs.encode_png(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8))
 
 
 SYSTEM = os.system  # as it is before a test forbids it
@@ -205,7 +209,7 @@ def test_a_million_members_in_bounded_memory(tmp_path: Path, thousands: int) -> 
     (tmp_path / "one.tar").write_bytes(archive(member("z.png", GOOD)))
     code = """
 import resource, sys
-from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.making.shards import ShardConfig, shard_in_process
 done = shard_in_process(ShardConfig(sys.argv[1], sys.argv[2], image_size=8, held_out=0.0, classes=False))
 print(done.card["rejected"], done.split("train").total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """

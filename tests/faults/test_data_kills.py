@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.data.manifest import Manifest, load
-from pipeline.data.shards import ShardConfig, shard_in_process
-from pipeline.data.stream import thread_stream
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.reading.stream import thread_stream
+from pipeline.data.sets.manifest import Manifest, load
 from tests.cluster.conftest import ENVIRONMENT
 from tests.data.folders import write_images
 from tests.faults import data_consumer

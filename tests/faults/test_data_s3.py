@@ -7,10 +7,11 @@ from pathlib import Path
 import boto3
 import pytest
 
-from pipeline.data import blocks, manifest
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
-from pipeline.data.stream import StreamConfig, thread_stream
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.reading import blocks
+from pipeline.data.reading.stream import StreamConfig, thread_stream
+from pipeline.data.sets import manifest
+from pipeline.data.sets.manifest import Manifest
 from tests.data.folders import epoch_of, write_images
 from tests.faults.data_store import FAULTS, Proxy, environment, moto, real_s3
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardConfig, shard_in_process
+from pipeline.data.making.shards import ShardConfig, shard_in_process
+from pipeline.data.sets.manifest import Manifest
 from pipeline.tracking import delivery, runs
 from pipeline.tracking.client import connect
 from pipeline.training import events as say

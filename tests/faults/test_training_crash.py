@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.data import s3, storage
+from pipeline import storage
+from pipeline.storage import s3
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import State
 from pipeline.training.retention import Keep

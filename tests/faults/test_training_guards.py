@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.stream import Batch
-from pipeline.diffusion.loss import Loss
+from pipeline.data.reading.stream import Batch
+from pipeline.diffusion.objectives.loss import Loss
 from pipeline.training import events as say
 from pipeline.training import loop
-from pipeline.training.learner import Learner, Outcome
+from pipeline.training.learner import Learner, StepOutcome
 from pipeline.training.loop import train
 from pipeline.training.step import Place
 from tests.training.runs import BATCH, digests, in_group, losses, task
@@ -30,7 +30,7 @@ class Injector(Learner):
         super().__init__(*given)
         self.what, self.at, self.injected = place, step, 0
 
-    def step(self, batches: Sequence[Batch], wishes: Sequence[bool]) -> Outcome:
+    def step(self, batches: Sequence[Batch], wishes: Sequence[bool]) -> StepOutcome:
         if self.progress.step != self.at or self.injected:
             return super().step(batches, wishes)
         undo = PLACES[self.what](self)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.stream import Batch
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.training import start
 from pipeline.training.loop import RunError, train

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.data.manifest import load
+from pipeline.data.sets.manifest import load
 from pipeline.tracking.runs import open_run
 from pipeline.training import events as say
 from tests.cluster.test_train import run_config

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.likelihood import ESTIMATORS
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
 from pipeline.diffusion.procedure import Procedure, Query, drive
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.engine import Engine, Progress
 from pipeline.serving.outcomes import DeadlineExceeded, EngineBusy, EngineClosed, NotFinite, Outcome

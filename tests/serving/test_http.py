@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.images import decode, encode_png
+from pipeline.data.formats.codecs import decode, encode_png
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.logs import JsonLines
-from pipeline.serving.quotas import Quotas
+from pipeline.serving.rate_limits import RateLimits
 from pipeline.serving.refusals import Refused, RequestError
 from pipeline.serving.service import Identity, Service
 from pipeline.web.app import make_app
@@ -353,7 +353,7 @@ def test_a_name_given_twice_is_refused(ask: Callable[..., httpx.Response]) -> No
 
 def test_a_key_spends_its_quota_and_gets_it_back() -> None:
     now = 0.0
-    quotas = Quotas(600, clock=lambda: now)
+    quotas = RateLimits(600, clock=lambda: now)
     quotas.charge("a", 500)
     quotas.charge("a", 400)  # the last one may pass the limit
     with pytest.raises(Refused, match="600 cost units a minute") as caught:
@@ -363,7 +363,7 @@ def test_a_key_spends_its_quota_and_gets_it_back() -> None:
     quotas.charge("b", 1)  # another's is its own
     now = 31.0
     quotas.charge("a", 1)
-    Quotas(0).charge("a", 1e30)
+    RateLimits(0).charge("a", 1e30)
 
 
 def test_a_quota_is_charged_by_cost_before_the_work(service: Service) -> None:

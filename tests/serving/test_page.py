@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import uvicorn
 
-from pipeline.data.images import encode_png
+from pipeline.data.formats.codecs import encode_png
 from pipeline.serving.service import Service
 from pipeline.web.app import make_app
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import load_config
-from pipeline.data.images import encode_png
+from pipeline.data.formats.codecs import encode_png
 from pipeline.model import Model
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.forms import parse_form

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.config import RunConfig, from_plain
-from pipeline.data.manifest import Manifest
+from pipeline.data.sets.manifest import Manifest
 from pipeline.tracking import delivery, facts, pictures, runs, spool
 from pipeline.tracking.client import connect, without_secret
 from pipeline.tracking.spool import Spool

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.distributed
 
-from pipeline import backbones
-from pipeline.data import storage
-from pipeline.data.stream import Batch
+from pipeline import backbones, storage
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.objective import OBJECTIVES, DiscreteVLB, Objective
+from pipeline.diffusion.objectives.objective import OBJECTIVES, DiscreteVLB, Objective
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.randomness import keyed_generator
 from pipeline.diffusion.schedule import SCHEDULES

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import assembly
 from pipeline.config import RunConfig, from_plain
-from pipeline.data.manifest import Manifest
+from pipeline.data.sets.manifest import Manifest
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.model import build
 from pipeline.training.step import Place

@@ -9,12 +9,12 @@ from typing import Any, TypeVar, cast
 import pytest
 import torch
 
-from pipeline.data import storage
-from pipeline.data.stream import Batch
+from pipeline import storage
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.loss import Loss, Objective
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.objectives.loss import Loss, Objective
+from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training import checkpoint
 from pipeline.training import events as say

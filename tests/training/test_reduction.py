@@ -10,9 +10,9 @@ import torch
 import torch.distributed
 
 from pipeline import backbones
-from pipeline.data.stream import Batch
+from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.schedule import SCHEDULES

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import backbones
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training import events as say
 from pipeline.training import hardware

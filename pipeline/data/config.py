@@ -1,0 +1,135 @@
+"""What is made of images and what a training reads of them: the run file's sections `shard` and `stream`, checked."""
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
+
+from pipeline import storage
+from pipeline.choose import choose
+from pipeline.data.formats import codecs, fit, headers
+from pipeline.data.sets.manifest import ImageSpec
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What the training stream reads and how far ahead."""
+
+    url: Annotated[str, "the shard set, a folder or s3:// prefix"]
+    batch_size: Annotated[int, "images of the global batch, over all workers"] = 128
+    logical_shards: Annotated[int, "parts of the global batch, fixed for a run whatever the number of workers"] = 2
+    window: Annotated[int, "tar shards shuffled together"] = 8
+    seed: Annotated[int, "of order and augmentation"] = 0
+    flip: Annotated[float, "probability of mirroring an image left to right"] = 0.0
+    readers: Annotated[int, "threads, or Ray tasks at a time, a worker"] = 2
+    reader_cpus: Annotated[float, "CPUs a Ray reader task asks for"] = 0.25
+    read_ahead_bytes: Annotated[int, "decoded bytes read ahead, a worker"] = 256 << 20
+    cache_bytes: Annotated[
+        int, "verified shard bytes a reading process keeps; at best window x shard size x logical shards of a worker"
+    ] = 512 << 20
+    disk_cache_bytes: Annotated[
+        int, "shard bytes a node keeps on disk (in TMPDIR) for all its readers of sets on S3; 0: none"
+    ] = 16 << 30
+    on_damage: Annotated[
+        str, "damaged shard: fail, or quarantine (use its whole samples; others of the window stand in for the rest)"
+    ] = "fail"
+    removals: Annotated[
+        str, "file with a sha256 a line: these images are not read any more, others stand in; empty: none"
+    ] = ""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "logical_shards", "window", "readers", "read_ahead_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.batch_size % self.logical_shards:
+            raise ValueError(
+                f"batch_size must be a multiple of logical_shards; got {self.batch_size} and {self.logical_shards}"
+            )
+        if not 0.0 <= self.flip <= 1.0:
+            raise ValueError(f"flip must be a probability; got {self.flip}")
+        for name in ("cache_bytes", "disk_cache_bytes", "reader_cpus"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+        choose(ON_DAMAGE, self.on_damage, "on_damage")
+
+    @property
+    def shard_batch(self) -> int:
+        """Samples of one logical shard a step, b = B / L."""
+        return self.batch_size // self.logical_shards
+
+
+SHARD_BYTES = 64 << 20
+MOST_SAMPLES = 8192
+PLACES = ("source", "url", "image_root", "removals", "mixture")  # do not change what is made of an image
+ON_DAMAGE = {"fail": "end the run", "quarantine": "go on with the whole samples of a damaged shard"}
+DUPLICATES = {"keep": "count them", "drop": "readers leave out all but the first"}
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """How images become shards."""
+
+    source: Annotated[str, "folder or s3:// prefix of images (sub-folders are classes), or of .tar or .parquet files"]
+    url: Annotated[str, "where the set goes, a folder or s3:// prefix; more images there later give a new version"]
+    image_size: Annotated[int, "side of the square images, pixels"] = 64
+    channels: Annotated[int, "1 grey, 3 RGB"] = 3
+    encoding: Annotated[str, "png, webp (smaller, lossless), jpg (lossy), or raw (pixels, for tiny images)"] = "png"
+    quality: Annotated[int, "of jpg, 1 to 100"] = 95
+    resize: Annotated[str, "centre-crop, squash, or exact (refuse other sizes)"] = "centre-crop"
+    classes: Annotated[bool, "take classes: the first sub-folder, or what class_field names"] = True
+    class_field: Annotated[str, "tar: suffix of the class member [cls]; Parquet: column of the class [label]"] = ""
+    tags_field: Annotated[str, "tar: suffix of a JSON list of tags; Parquet: column of lists; empty: no tags"] = ""
+    caption_field: Annotated[str, "tar: suffix of the caption, such as txt; Parquet: column; empty: no captions"] = ""
+    image_field: Annotated[str, "Parquet: column of image bytes or URLs; empty: image, jpg, png, webp, url"] = ""
+    image_root: Annotated[str, "Parquet: where image URLs must lie, a folder or s3:// prefix; empty: the source"] = ""
+    held_out: Annotated[float, "fraction of images held out, chosen by content"] = 0.1
+    duplicates: Annotated[str, "exact copies (equal pixels): keep, or drop"] = "keep"
+    removals: Annotated[str, "file with a sha256 a line: these images are left out from the next version on"] = ""
+    mixture: Annotated[
+        dict[str, float], "instead of a source: finished sets by URL with weights; url becomes their mixture"
+    ] = field(default_factory=dict)
+    samples_per_shard: Annotated[int, "images a shard; 0: as many as give about 64 MiB of pixels"] = 0
+    max_image_bytes: Annotated[int, "largest encoded image read, bytes"] = 64 << 20
+    max_image_pixels: Annotated[int, "largest image decoded, pixels"] = 64_000_000
+
+    def __post_init__(self) -> None:
+        storage.parse(self.url)
+        if not self.mixture:
+            storage.parse(self.source)
+        for name in ("image_root", "removals"):
+            if getattr(self, name):
+                storage.parse(getattr(self, name))
+        if not 1 <= self.image_size <= 4096:
+            raise ValueError(f"image_size must be 1 to 4096 pixels; got {self.image_size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {self.channels}")
+        choose(codecs.ENCODERS, self.encoding, "encoding")
+        choose(fit.POLICIES, self.resize, "resize policy")
+        choose(DUPLICATES, self.duplicates, "duplicates policy")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be 1 to 100; got {self.quality}")
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"held_out must be a fraction, 0 <= held_out < 1; got {self.held_out}")
+        for name, least in (("samples_per_shard", 0), ("max_image_bytes", 1), ("max_image_pixels", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+
+    @property
+    def image(self) -> ImageSpec:
+        """What every sample of the set is."""
+        return ImageSpec(self.image_size, self.channels, self.encoding)
+
+    @property
+    def limits(self) -> headers.Limits:
+        """What an image may be before it is decoded."""
+        return headers.Limits(self.max_image_bytes, self.max_image_pixels)
+
+    @property
+    def slice_size(self) -> int:
+        """Source images a slice, and the most samples a shard."""
+        return self.samples_per_shard or min(MOST_SAMPLES, max(64, SHARD_BYTES // self.image.bytes))
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """Everything that decides what is made from given sources."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACES} | {
+            "samples_per_shard": self.slice_size
+        }

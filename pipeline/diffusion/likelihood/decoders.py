@@ -1,0 +1,136 @@
+"""The last link of a likelihood: from the least noisy y_0 = x + s_0 eps to the probability of an 8-bit image.
+
+A decoder is a generator (it may ask the network) that returns log p(u | y_0) of the image's grey levels u.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pipeline.choose import choose
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.pixels import PixelGrid
+from pipeline.diffusion.procedure import Procedure, Query
+from pipeline.diffusion.rows import row_sum
+
+
+def softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> tuple[Tensor, Tensor]:
+    """Elementwise log p(u | y) and the mean of the levels under it.
+
+    p is a softmax over all levels v of -((y - v) / s)^2 / 2 (Kingma et al. 2021, section 3.2).
+    """
+    nearest = ((y - pixels.first) / pixels.bin).round().clamp(0, pixels.levels - 1)
+    reach = min(pixels.levels - 1, math.ceil(9 * s / pixels.bin) + 1)  # levels further off weigh less than e^-40
+    level = nearest[..., None] + torch.arange(-reach, reach + 1, dtype=y.dtype, device=y.device)
+    value = pixels.first + pixels.bin * level
+    logits = -0.5 * ((y[..., None] - value) / s) ** 2
+    logits = logits.masked_fill((level < 0) | (level >= pixels.levels), -math.inf)
+    own = -0.5 * ((y - (pixels.first + pixels.bin * index.to(y.dtype))) / s) ** 2
+    total = torch.logsumexp(logits, -1)
+    return own - total, (torch.exp(logits - total[..., None]) * value).sum(-1)
+
+
+def _log_cdf(value: Tensor) -> Tensor:
+    """log of the standard normal distribution function, exact in the lower tail."""
+    return cast(Tensor, torch.special.log_ndtr(value))  # pyright: ignore[reportUnknownMemberType]
+
+
+def log_bin_probability(mean: Tensor, std: float | Tensor, index: Tensor, pixels: PixelGrid) -> Tensor:
+    """log of the mass of N(mean, std^2) in each pixel's bin, elementwise, by the exact CDF (Ho et al. 2020, eq. 13).
+
+    The end bins reach to infinity.
+    """
+    centre = pixels.first + pixels.bin * index.to(mean.dtype) - mean
+    upper = torch.where(index == pixels.levels - 1, math.inf, (centre + pixels.bin / 2) / std)
+    lower = torch.where(index == 0, -math.inf, (centre - pixels.bin / 2) / std)
+    # in the upper tail both CDFs are 1 to rounding: take the mirror image there
+    mirrored = lower > 0
+    upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
+    log_upper, log_lower = _log_cdf(upper), _log_cdf(lower)
+    return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
+
+
+@lru_cache(maxsize=8)
+def _expected_softmax(pixels: PixelGrid, s: float) -> Tensor:
+    """float64 (levels,): E[-log p(u | x_u + s eps)] by the trapezoid rule, the integrand being smooth and vanishing."""
+    eps = torch.linspace(-9, 9, 361, dtype=torch.float64)
+    weight = torch.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) * (eps[1] - eps[0])
+    values: list[Tensor] = []
+    for start in range(0, pixels.levels, 32):  # a bounded part at a time
+        index = torch.arange(start, min(start + 32, pixels.levels))
+        y = pixels.first + pixels.bin * index[:, None].double() + s * eps
+        log_p, _ = softmax_level(y, s, index[:, None].expand_as(y), pixels)
+        values.append(-(log_p * weight).sum(1))
+    return torch.cat(values)
+
+
+def expected_softmax(s: float, index: Tensor, pixels: PixelGrid) -> Tensor:
+    """(n,) nats: E over y_0 = x + s eps of -log p(u | y_0), the softmax decoder's term, without sampling."""
+    return row_sum(_expected_softmax(pixels, s).to(index.device)[index])
+
+
+# --- variances of a step -----------------------------------------------------------------------------------------
+
+
+def _learned(low: Tensor, high: Tensor, head: Tensor | None) -> Tensor:
+    if head is None:
+        raise ValueError("variance 'learned' needs a network with a variance head; use 'beta' or 'posterior'")
+    return torch.lerp(low, high, (head.double() + 1) / 2)
+
+
+# log variance from log beta-tilde, log beta and the network's head v in about [-1, 1] (Nichol & Dhariwal 2021, eq. 15)
+VARIANCES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "posterior": lambda low, high, head: low,
+    "beta": lambda low, high, head: high,
+    "learned": _learned,
+}
+
+
+def mix_log_variance(variance: str, low: Tensor, high: Tensor, head: Tensor | None) -> Tensor:
+    """The model's log variance of a step, by name."""
+    return choose(VARIANCES, variance, "variance")(low, high, head)
+
+
+# --- decoders ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecoderTask:
+    """What a decoder is asked: log p(index | y) where y (n, ...) is at `gamma`.
+
+    log_variances: log beta-tilde and log beta of the last move, in model space, for the Gaussian decoder.
+    """
+
+    y: Tensor
+    gamma: float
+    index: Tensor
+    conditioning: Conditioning
+    pixels: PixelGrid
+    log_variances: tuple[float, float]
+    variance: str
+
+
+def softmax_decoder(task: DecoderTask) -> Procedure[Tensor]:
+    """VDM's decoder: asks nothing of the network."""
+    yield from ()
+    return row_sum(softmax_level(task.y, math.exp(task.gamma / 2), task.index, task.pixels)[0])
+
+
+def gaussian_decoder(task: DecoderTask) -> Procedure[Tensor]:
+    """DDPM's decoder: N(x_hat(y), variance) integrated over each bin."""
+    level = torch.full((len(task.y),), task.gamma, dtype=torch.float64, device=task.y.device)
+    answer = yield Query(task.y, level, task.conditioning)
+    low, high = (torch.full_like(task.y, value) for value in task.log_variances)
+    std = torch.exp(mix_log_variance(task.variance, low, high, answer.variance) / 2)
+    return row_sum(log_bin_probability(answer.x_hat.double(), std, task.index, task.pixels))
+
+
+DECODERS: dict[str, Callable[[DecoderTask], Procedure[Tensor]]] = {
+    "softmax": softmax_decoder,
+    "gaussian": gaussian_decoder,
+}

@@ -1,0 +1,52 @@
+"""Bytes at a URL: every file that the system reads or writes goes through here."""
+
+from pipeline.storage.files import (
+    LIST_PAGE,
+    ONE_PUT_BYTES,
+    RANGE_BYTES,
+    READS,
+    delete,
+    delete_tree,
+    digest,
+    digest_of,
+    exists,
+    fetch_file,
+    list_files,
+    open_ranges,
+    read_array,
+    read_bytes,
+    read_sure,
+    size_of,
+    write_bytes,
+    write_file,
+)
+from pipeline.storage.local import sync_folder
+from pipeline.storage.urls import Entry, Location, is_s3, join, local_path, parse
+
+__all__ = [
+    "LIST_PAGE",
+    "ONE_PUT_BYTES",
+    "RANGE_BYTES",
+    "READS",
+    "Entry",
+    "Location",
+    "delete",
+    "delete_tree",
+    "digest",
+    "digest_of",
+    "exists",
+    "fetch_file",
+    "is_s3",
+    "join",
+    "list_files",
+    "local_path",
+    "open_ranges",
+    "parse",
+    "read_array",
+    "read_bytes",
+    "read_sure",
+    "size_of",
+    "sync_folder",
+    "write_bytes",
+    "write_file",
+]

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from pipeline.backbones import BACKBONES
-from pipeline.data.images import to_model
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.encode import ENCODERS
-from pipeline.diffusion.likelihood import ESTIMATORS
-from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
+from pipeline.diffusion.objectives.objective import OBJECTIVES
+from pipeline.diffusion.pixels import to_model
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import Noise, StepKey
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.sampling.encode import ENCODERS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import Model, ModelConfig, Sampling, Scoring, build
 
 SIDE = 4

@@ -5,7 +5,7 @@
 #   infra/test.sh [--all] ...  further arguments go to pytest
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash infra/setup.sh
+bash infra/setup.sh dev
 marker='not slow'
 if [ "${1:-}" = --all ]; then marker=''; shift; fi
 export PATH="$PWD/.venv/bin:$PATH"

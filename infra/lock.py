@@ -1,4 +1,4 @@
-"""Resolves every dependency once, for every system and the Pythons of pyproject.toml, and writes the locks (infra/lock.sh).
+"""Resolves every dependency once, for every system and Python, and writes the locks (infra/lock.sh).
 
 requirements.lock        what a run needs, but for CUDA
 requirements-cuda.lock   CUDA's own packages, and torch's line that takes its CUDA build
@@ -25,7 +25,7 @@ def resolve(extras: tuple[str, ...], preferred: list[str]) -> list[str]:
     """The pins of the project with `extras`, each with its hashes; `preferred` versions are kept where they can be."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "pins.txt")
-        output.write_text("".join(pin.partition(" \\\n")[0] + "\n" for pin in preferred))  # their hashes are asked for anew
+        output.write_text("".join(pin.partition(" \\\n")[0] + "\n" for pin in preferred))  # hashes are asked for anew
         command = ["uv", "pip", "compile", "--universal", "--generate-hashes", "--python-version", "3.11", "--quiet"]
         command += ["--no-header", "--no-annotate", *(word for extra in extras for word in ("--extra", extra))]
         subprocess.run([*command, "--output-file", str(output), "pyproject.toml"], cwd=INFRA.parent, check=True)

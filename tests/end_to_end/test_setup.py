@@ -134,7 +134,8 @@ def test_cuda_stands_apart_and_torch_takes_either_build() -> None:
     apart = re.compile(r"nvidia-|cuda-|triton")
     assert sum(bool(apart.match(name)) for name in cuda) > 10
     assert not [name for lock in by_lock.values() for name in lock if apart.match(name)]
-    hashes = {name: set(re.findall(r"[0-9a-f]{64}", pin)) for name, pin in (by_lock["requirements.lock"] | cuda).items()}
+    pinned = by_lock["requirements.lock"] | cuda
+    hashes = {name: set(re.findall(r"[0-9a-f]{64}", pin)) for name, pin in pinned.items()}
     torch = next(name.removeprefix("torch==") for name in by_lock["requirements.lock"] if name.startswith("torch=="))
     cpu = dict(reversed(line.split()) for line in (ROOT / "infra/torch-cpu.hashes").read_text().splitlines()[2:])
     for python in PYTHONS:
@@ -147,7 +148,8 @@ def test_cuda_stands_apart_and_torch_takes_either_build() -> None:
 def test_the_lock_is_of_this_pyproject() -> None:
     """Every direct dependency is pinned, by a version that pyproject.toml allows."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
+    groups = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(line for group in groups for line in group)]
     found = dict(pin.split()[0].split("==") for lock in LOCKS for pin in pins(lock) if "===" not in pin)
     for requirement in map(Requirement, wanted):
         assert requirement.name in found, f"{requirement}: run infra/lock.sh"

@@ -137,7 +137,8 @@ def test_cuda_stands_apart_and_torch_takes_either_build() -> None:
     pinned = by_lock["requirements.lock"] | cuda
     hashes = {name: set(re.findall(r"[0-9a-f]{64}", pin)) for name, pin in pinned.items()}
     torch = next(name.removeprefix("torch==") for name in by_lock["requirements.lock"] if name.startswith("torch=="))
-    cpu = dict(reversed(line.split()) for line in (ROOT / "infra/torch-cpu.hashes").read_text().splitlines()[2:])
+    lines = [line.split() for line in (ROOT / "infra/torch-cpu.hashes").read_text().splitlines()[2:]]
+    cpu = {file: digest for digest, file in lines}
     for python in PYTHONS:
         for machine in ("x86_64", "aarch64"):
             tag = f"cp{python.replace('.', '')}"

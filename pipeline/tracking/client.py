@@ -5,9 +5,10 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
+
+from pipeline.tracking import database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,10 +24,11 @@ def connect(uri: str) -> "MlflowClient":
     """A client of a server or a database that answers.
 
     Raises:
-        ValueError: a scheme that MLflow cannot use, or a server of another version.
+        ValueError: a scheme that MLflow cannot use, a server of another version, or a broken database.
         Away: no answer.
     """
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     client = client_of(uri)
     if uri.startswith("http"):
@@ -36,6 +38,8 @@ def connect(uri: str) -> "MlflowClient":
     except MlflowException as error:
         kind = Away if uri.startswith("http") else ValueError
         raise kind(f"MLflow at {without_secret(uri)} cannot be used: {first_line(error)}") from None
+    except SQLAlchemyError as error:
+        raise ValueError(f"MLflow's database {without_secret(uri)} cannot be used: {first_line(error)}") from None
     return client
 
 
@@ -52,7 +56,7 @@ def client_of(uri: str) -> "MlflowClient":
         )
     _quiet()
     if scheme == "sqlite":
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        database.prepare(uri)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)

@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from pipeline.diffusion.pixels import FIRST_LEVEL, PIXEL_BIN, to_model, to_pixel
 from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import Noise, key_seed
 from pipeline.diffusion.sampling.encode import ENCODERS
-from pipeline.diffusion.sampling.grids import explicit_grid, grid
+from pipeline.diffusion.sampling.grids import explicit_grid, grid, integer_grid
 from pipeline.diffusion.sampling.samplers import SAMPLERS, prior
 from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import SCHEDULES
@@ -52,7 +52,9 @@ class ModelConfig:
     schedule: Annotated[dict[str, Any], "time law gamma(t): name and its options"] = field(
         default_factory=lambda: {"name": "cosine"}
     )
-    prediction: Annotated[str, "what the network outputs: x, eps, v, score, flow, edm"] = "eps"
+    prediction: Annotated[str, "what the network outputs: x, eps, v, score, flow, edm, mean (of a table's step)"] = (
+        "eps"
+    )
     scaling: Annotated[str, "(alpha, sigma) as functions of gamma: vp, ve, subvp, flow"] = "vp"
     data_std: Annotated[float, "sigma_data of the edm prediction and the unit_variance input"] = 0.5
     level: Annotated[str, "what the network is told of the level: normalised_gamma, log_sigma, step_index"] = (
@@ -87,10 +89,12 @@ def build(config: ModelConfig) -> Denoiser:
         classes=config.classes,
         out_channels=config.channels * (2 if config.learned_variance else 1),
     )
+    schedule = build_choice(SCHEDULES, config.schedule, "schedule")
+    table: Tensor | None = getattr(schedule, "table", None)
     return Denoiser(
         network,
-        build_choice(SCHEDULES, config.schedule, "schedule"),
-        Parameterization(config.prediction, config.scaling, config.data_std),
+        schedule,
+        Parameterization(config.prediction, config.scaling, config.data_std, table),
         level=config.level,
         network_input=config.network_input,
         learned_variance=config.learned_variance,
@@ -109,6 +113,7 @@ class Sampling:
     ] = None
     guidance: Annotated[float, "guidance scale; 1 is the model itself"] = 1.0
     options: Annotated[dict[str, Any], "the sampler's own options"] = field(default_factory=dict)
+    integer_steps: Annotated[bool, "ask at steps of the schedule's table alone, the nearest to each level"] = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,8 @@ class Model:
         if how.indices is not None:
             return explicit_grid(schedule, how.indices)
         name = how.grid or choose(SAMPLERS, how.sampler, "sampler").grid
-        return grid(name, schedule, how.steps)
+        levels = grid(name, schedule, how.steps)
+        return integer_grid(levels, schedule) if how.integer_steps else levels
 
     def sampling(
         self,
@@ -192,6 +198,10 @@ class Model:
         conditioning = self.conditioning(labels, len(seeds))
         noise = Noise(seeds, self.device)
         process, levels = self.denoiser.process, self.levels(how)
+        if how.integer_steps:
+            if how.sampler == "adaptive":
+                raise ValueError("integer_steps: sampler 'adaptive' asks wherever its error leads it; choose another")
+            process = replace(process, nodes=self.denoiser.schedule.table)  # pyright: ignore[reportAttributeAccessIssue]
         shape = (len(seeds), *self.config.shape)
         if init is not None:
             if not 0 < strength <= 1:
@@ -284,7 +294,7 @@ class Model:
         own: dict[str, Any] = {"decoder": "gaussian"}
         if "variance" in known and self.config.learned_variance:
             own["variance"] = "learned"
-        if how.options.get("gammas") is None:
+        if how.options.get("gammas") is None and how.options.get("spacing") != "t":
             steps = how.options.get("steps", len(table))
             if not (isinstance(steps, int) and 3 <= steps <= len(table)):
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -72,13 +72,22 @@ class Prediction:
 class Process:
     """The facts of a trained model that a procedure may need: nothing of its network.
 
-    scaling: key of SCALINGS; the range of gamma it was made for; prior_variance: v of y_1 ~ N(0, v I).
+    scaling: key of SCALINGS; the range of gamma it was made for; prior_variance: v of y_1 ~ N(0, v I). law: gamma(t),
+    for what is stated in t. nodes: float64, ascending, the only levels a procedure may ask at; None: any.
     """
 
     scaling: str
     gamma_min: float
     gamma_max: float
     prior_variance: float
+    law: Schedule | None = field(default=None, compare=False, repr=False)
+    nodes: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def time_law(self, purpose: str) -> Schedule:
+        """Raises ValueError where it is not known."""
+        if self.law is None:
+            raise ValueError(f"{purpose} needs the model's time law gamma(t): give Process(..., law=schedule)")
+        return self.law
 
     def check_levels(self, gammas: Tensor) -> None:
         """Raises ValueError where a queried level lies outside the range the network was made for."""
@@ -142,7 +151,7 @@ class Denoiser(nn.Module):
     def process(self) -> Process:
         low, high = self.schedule.gamma_min, self.schedule.gamma_max
         scaling = self.parameterization.scaling
-        return Process(scaling, low, high, prior_variance(scaling, high))
+        return Process(scaling, low, high, prior_variance(scaling, high), self.schedule)
 
     def forward(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: Shared = None) -> Prediction:
         """y (n, ...) in coordinates where alpha = 1, gamma (n,). Coefficients are computed in float64.

@@ -4,7 +4,7 @@ With z = alpha x + sigma eps, a row is decoded by x_hat = (b z - sigma F) / (b a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,16 +56,41 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], Row]] = {
 }
 
 
+# --- the mean of a table's step, a row that depends on the level it goes to -------------------------------------------
+
+
+def level_before(gamma: Tensor, table: Tensor) -> Tensor:
+    """gamma of the step before, shaped like gamma: a table's node i goes to node i - 1, node 0 to the image, -inf.
+
+    Between nodes as far between those before them; below node 1 linear in s^2.
+    """
+    high = torch.searchsorted(table, gamma.contiguous()).clamp(1, len(table) - 1)
+    share = ((gamma - table[high - 1]) / (table[high] - table[high - 1])).clamp(0, 1)
+    between = torch.lerp(table[(high - 2).clamp(min=0)], table[high - 1], share)
+    return torch.where(high > 1, between, table[0] + torch.log(share))
+
+
+def _mean(gamma: Tensor, scaling: str, table: Tensor | None) -> Row:
+    """mu of q(z_s | z_t, x) = N(mu, ...), alpha_s x + alpha_s (s_s^2 / s_t) eps (Ho et al. 2020, eq. 7)."""
+    if table is None:
+        raise ValueError("prediction 'mean' is that of a step: it needs a schedule of steps (linear_beta, cosine)")
+    gamma_s = level_before(gamma.double(), table.to(gamma.device))
+    a = SCALINGS[scaling](gamma_s)
+    return a.to(gamma.dtype), (a * torch.exp(gamma_s - gamma.double() / 2)).to(gamma.dtype)
+
+
 @dataclass(frozen=True)
 class Parameterization:
     """A prediction type under a scaling.
 
-    scaling: key of SCALINGS; prediction: key of PREDICTIONS; data_std: sigma_data of the 'edm' row and input.
+    scaling: key of SCALINGS; prediction: key of PREDICTIONS, or 'mean', the posterior mean of a step of `table`, gamma
+    float64 (T,); data_std: sigma_data of the 'edm' row and input.
     """
 
     prediction: str = "eps"
     scaling: str = "vp"
     data_std: float = 0.5
+    table: Tensor | None = field(default=None, compare=False, repr=False)
 
     def alpha_sigma(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
         alpha = choose(SCALINGS, self.scaling, "scaling")(gamma)
@@ -73,8 +98,12 @@ class Parameterization:
 
     def row(self, gamma: Tensor) -> Row:
         """(a, b) of F = a x + b eps, shaped like gamma."""
+        if self.prediction == "mean":
+            return _mean(gamma, self.scaling, self.table)
+        if self.prediction not in PREDICTIONS:
+            choose(dict.fromkeys((*PREDICTIONS, "mean")), self.prediction, "prediction")
         alpha, sigma = self.alpha_sigma(gamma)
-        return choose(PREDICTIONS, self.prediction, "prediction")(alpha, sigma, self.data_std)
+        return PREDICTIONS[self.prediction](alpha, sigma, self.data_std)
 
     def decode(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out) of x_hat = c_skip y + c_out F, shaped like gamma."""

@@ -26,7 +26,7 @@ class _Special(Protocol):
 
 _special = cast(_Special, torch.special)
 
-GAMMA_LIMIT = 20.0  # |gamma| beyond this is refused: float32 cannot carry what lies there
+GAMMA_LIMIT = 20.0  # |gamma| of a continuous law beyond this is refused; a table keeps its own ends
 
 
 @runtime_checkable
@@ -52,7 +52,10 @@ def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 class Tabulated:
-    """A law known at T steps. Subclasses give `betas`, float64 (T,)."""
+    """A law known at T steps. Subclasses give `betas`, float64 (T,).
+
+    Its ends are the table's own, 22.61 for the cosine law at T = 4000; a `gamma_limit` refuses those beyond it.
+    """
 
     steps: int
     gamma_limit: float
@@ -120,7 +123,7 @@ class LinearBeta(Tabulated):
     steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    gamma_limit: float = GAMMA_LIMIT
+    gamma_limit: float = math.inf
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
@@ -147,7 +150,7 @@ class Cosine(Tabulated):
     steps: int = 1000
     s: float = 0.008
     max_beta: float = 0.999
-    gamma_limit: float = GAMMA_LIMIT
+    gamma_limit: float = math.inf
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)

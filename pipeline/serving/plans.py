@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.choose import choose
 from pipeline.data.formats import codecs, fit, headers
+from pipeline.diffusion.likelihood.bounds import FEW_STEPS, REPEATS
 from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.randomness import key_seed
@@ -27,6 +28,8 @@ from pipeline.serving.requests import EncodingRequest, GenerationRequest, Likeli
 
 ADAPTIVE_EVALUATIONS = 128  # a solve's network evaluations an image where nothing bounds them; 104 measured at 1e-3
 PLAIN = (bool, int, float, str, type(None))
+NUMBERS = Sequence[float]
+LONGEST_LIST = 4096  # numbers
 NOT_ASKED = ("process", "pixels", "gammas", "rows")  # options that are not a request's to set
 LONGEST_NAME = 64
 PRODUCT_COST = 2  # a vector-Jacobian product in units of a network evaluation
@@ -132,7 +135,7 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     if request.image is not None:
         (data,) = decode_base64([request.image], "image")
         init = _decoded(data, "image", "exact", model, config)
-    how = Sampling(name, steps, request.grid, None, request.guidance, options)
+    how = Sampling(name, steps, request.grid, None, request.guidance, options, request.integer_steps)
     return GenerationPlan(request.n, labels, seed, how, evaluations, cost, init, request.strength)
 
 
@@ -146,6 +149,8 @@ def _sample_command(
     if model.config.classes and not isinstance(label, list):
         labels = f" --labels={-1 if label is None else label}"
     how: dict[str, Any] = {"sampler": sampler, "steps": steps, "grid": request.grid, "guidance": request.guidance}
+    if request.integer_steps:
+        how["integer_steps"] = True
     how |= {f"options.{name}": value for name, value in options.items()}
     told = " ".join(f"evaluation.sampling.{name}={json.dumps(value)}" for name, value in how.items()).replace('"', "")
     return f"python -m jobs.sample RUN_FILE --images {request.n} --seed {seed}{labels} {told}"
@@ -240,6 +245,7 @@ def _chosen(table: Mapping[str, Any], name: str, kind: str) -> Any:
 
 
 Kinds = tuple[type, ...]
+_KIND_NAMES = {type(None): "null", list: "a list of numbers", str: f"a string of at most {LONGEST_NAME} characters"}
 
 
 def options_of(procedure: Callable[..., Any]) -> dict[str, tuple[Kinds, Any]]:
@@ -248,7 +254,8 @@ def options_of(procedure: Callable[..., Any]) -> dict[str, tuple[Kinds, Any]]:
     for name, parameter in inspect.signature(procedure).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_ASKED:
             kinds = get_args(parameter.annotation) or (parameter.annotation,)
-            found[name] = tuple(kind for kind in kinds if kind in PLAIN), parameter.default
+            plain = [kind for kind in kinds if kind in PLAIN]
+            found[name] = (*plain, *([list] if NUMBERS in kinds else [])), parameter.default
     return found
 
 
@@ -257,6 +264,8 @@ def _fits(value: OptionValue, kinds: Kinds) -> bool:
         return bool in kinds
     if isinstance(value, int):
         return int in kinds or float in kinds
+    if isinstance(value, list):
+        return list in kinds and len(value) <= LONGEST_LIST
     return type(value) in kinds and not (isinstance(value, str) and len(value) > LONGEST_NAME)
 
 
@@ -273,7 +282,7 @@ def _checked_options(
             raise RequestError(f"{kind} has no option '{name[:64]}'{hint}; its options: {names}", name[:64])
         kinds, _ = known[name]
         if not _fits(value, kinds):
-            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            wanted = " or ".join(_KIND_NAMES.get(k, k.__name__) for k in kinds)
             raise RequestError(f"option '{name}' of {kind} must be {wanted}, got {str(value)[:64]!r}", name)
         checked[name] = float(value) if isinstance(value, int) and int not in kinds and bool not in kinds else value
     return checked
@@ -284,6 +293,8 @@ def scoring_evaluations(options: Mapping[str, Any], dimensions: int) -> int:
     gammas = options.get("gammas")  # of a bound over the steps of a table
     counts = (options.get("levels"), options.get("terms"), options.get("steps") if gammas is None else len(gammas))
     for count in counts:
+        if options.get("spacing") == "t" and isinstance(count, int) and count < FEW_STEPS:
+            count *= REPEATS
         if isinstance(count, int):
             return max(1, count) + max(0, int(options.get("decoder_draws", 0)))
     products = dimensions if options.get("trace") == "exact" else max(1, int(options.get("probes", 1)))

@@ -40,6 +40,7 @@ class GenerationRequest(Body):
     sampler: str | None = Field(None, max_length=64)
     steps: Count | None = Field(None, description="levels the sampler visits")
     grid: str | None = Field(None, max_length=64, description="grid of levels; default: the sampler's")
+    integer_steps: bool = Field(False, description="ask at steps of the schedule's table alone, the nearest ones")
     guidance: float = Field(1.0, ge=0, le=100, description="guidance scale; 1: the model itself")
     image: str | None = Field(None, description="base64 of a jpg, png or webp of the model's size to start from")
     strength: float = Field(0.6, gt=0, le=1, description="with image: the share of the steps that is taken from it")

@@ -14,10 +14,11 @@ from pipeline.diffusion.procedure import Answer, Procedure, Query, drive
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.diffusion.scaling import prior_variance
+from pipeline.diffusion.schedule import LinearGamma
 
 NONE = Conditioning()
 LOW, HIGH = -9.0, 5.0
-PROCESS = Process("vp", LOW, HIGH, prior_variance("vp", HIGH))
+PROCESS = Process("vp", LOW, HIGH, prior_variance("vp", HIGH), LinearGamma(LOW, HIGH))
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
 FIXED = [name for name in DETERMINISTIC if name != "adaptive"]
 # options under which a sampler has another rule than by default
@@ -30,7 +31,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("heun", {"churn": 4.0, "churn_noise": 1.003}),
     ("dpmpp_2m_sde", {"eta": 0.3}),
     ("sde", {"lam": 0.4}),
+    ("sde", {"lam": "sqrt(t)"}),
+    ("ddim", {"sigma_1": 0.1}),
+    ("heun", {"churn": 4.0, "churn_last": True}),
+    ("langevin", {"level": -3.0, "finish": "y"}),
     ("predictor_corrector", {"predictor": "euler", "corrector_steps": 2}),
+    ("predictor_corrector", {"predictor": "euler", "sde": "vp", "corrector_steps": 0}),
 ]
 
 

@@ -79,7 +79,7 @@ def square_holds(schedule: Any, kind: tuple[str, str, str, str], name: str, opti
     scaling, prediction, level, network_input = kind
     low, high = max(schedule.gamma_min, -14.0), schedule.gamma_max
     gammas, y = uniform_gamma(5, low, high), start(high=high)
-    process = Process(scaling, schedule.gamma_min, schedule.gamma_max, prior_variance(scaling, high))
+    process = Process(scaling, schedule.gamma_min, schedule.gamma_max, prior_variance(scaling, high), schedule)
     parameterization = Parameterization(prediction, scaling)
     denoiser = oracle_denoiser(mixture(), schedule, parameterization, level=level, network_input=network_input)
     expected = run(name, mixture(), gammas, y, process, **options)
@@ -463,10 +463,10 @@ def test_no_wait_for_the_device_and_no_unused_noise(
     draws = {
         "langevin": steps * 5,
         "predictor_corrector": steps * options.get("corrector_steps", 1)
-        + (0 if options.get("predictor") == "euler" else steps - 1),
+        + (0 if options.get("predictor") == "euler" and "sde" not in options else steps - 1),
         # the first level is the top of the range, where churn has no room
-        "heun": steps - 2 if "churn" in options else 0,
-        "ddim": steps - 1 if options.get("eta") else 0,
+        "heun": steps - 2 + ("churn_last" in options) if "churn" in options else 0,
+        "ddim": (steps - 1 if options.get("eta") else 0) + ("sigma_1" in options),
     }.get(name, steps - 1 if SAMPLERS[name].stochastic else 0)
     assert count.random == draws * rows
 
@@ -615,7 +615,7 @@ def test_float32_is_refused_below_what_it_can_carry() -> None:
         ("adaptive", {"tolerance": 0.0}, "tolerance must be above 0"),
         ("adaptive", {"solver": "rk4"}, "unknown solver 'rk4'"),
         ("ddim", {"clip": -1.0}, "clip must be above 0"),
-        ("ddim", {"lam": 1.0}, "no option 'lam'; it has: eta, clip"),
+        ("ddim", {"lam": 1.0}, "no option 'lam'; it has: eta, sigma_1, clip"),
     ],
 )
 def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:

@@ -196,7 +196,7 @@ def test_learned_gradients_reach_interior_and_ends_only_where_asked() -> None:
     [
         (lambda: LinearBeta(steps=1), "schedule.steps must be at least 2"),
         (lambda: LinearBeta(steps=20).table, "use more than 20 steps"),
-        (lambda: Cosine(steps=4000).table, "beyond gamma_limit 20"),
+        (lambda: Cosine(steps=4000, gamma_limit=20).table, "beyond gamma_limit 20"),
         (lambda: LinearGamma(5.0, -5.0), "gamma_min < gamma_max"),
         (lambda: LinearGamma(-25.0, 5.0), "-20 <= gamma_min"),
         (lambda: LearnedGamma(5.0, -5.0), "gamma_min < gamma_max"),

@@ -8,11 +8,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import load_config
 from pipeline.data.formats.codecs import encode_png
+from pipeline.diffusion.pixels import to_pixels
+from pipeline.diffusion.procedure import drive
 from pipeline.model import Model
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.forms import parse_form
@@ -67,6 +70,13 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str, text: str) -
         ({"options": {"clipp": 1.0}}, "clipp", "did you mean 'clip'"),
         ({"sampler": "heun", "eta": 0.5}, "eta", "has no option 'eta'"),
         ({"options": {"clip": "yes"}}, "clip", "must be float or null"),
+        (
+            {"sampler": "sde", "options": {"lam": None}},
+            "lam",
+            "must be float or a string of at most 64",
+        ),
+        ({"options": {"churn": [1.0]}}, "churn", "must be float"),
+        ({"sampler": "ddim", "options": {"eta": [0.5] * 5000}}, "eta", "must be float or a list of numbers"),
         ({"sampler": "langevin", "options": {"steps_per_level": 10**12}}, None, "more than the limit"),
     ],
 )
@@ -95,6 +105,25 @@ def test_what_is_too_large_names_the_command_that_makes_the_same_images(tiny: Mo
         words = str(caught.value).partition("made by: ")[2].split()
         assert words[3:9] == ["RUN_FILE", "--images", str(n), "--seed", "1", "--labels=3"]
         assert load_config(RUN_FILE, words[9:]).evaluation.sampling == plan(tiny, n=1, **fields).how
+
+
+def test_options_may_be_lists_and_formulas(tiny: Model) -> None:
+    """What a request asks for is what the model is asked: the same images as by the same options in `Model.sample`."""
+    asked: list[dict[str, Any]] = [
+        {"sampler": "sde", "options": {"lam": "sqrt(t)"}},
+        {"sampler": "sde", "options": {"lam": [1.0, 0.5, 0]}},
+        {"sampler": "ddim", "options": {"eta": [0.0, 0.5, 1.0], "sigma_1": "beta"}},
+        {"sampler": "ancestral", "options": {"finish": "draw"}},
+        {"sampler": "predictor_corrector", "options": {"sde": "vp", "predictor": "euler", "corrector_steps": 0}},
+        {"sampler": "langevin", "options": {"level": -2.0, "finish": "y", "steps_per_level": 2}},
+        {"sampler": "heun", "grid": "rho", "integer_steps": True, "options": {"churn": 2.0, "churn_last": True}},
+    ]
+    for fields in asked:
+        made = plan(tiny, n=1, steps=4, **fields)
+        image = to_pixels(drive(made.build(tiny), tiny.networks))
+        assert torch.equal(image, tiny.sample(1, seed=1, how=made.how)), fields
+    with pytest.raises(ValueError, match="adaptive"):
+        plan(tiny, sampler="adaptive", integer_steps=True).build(tiny)
 
 
 def test_a_prompt_is_a_class(tiny: Model) -> None:

@@ -5,7 +5,7 @@ Of every term, or of a random subset with its standard error.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from pipeline.diffusion.rows import row_sum, shaped
 from pipeline.diffusion.scaling import SCALINGS, prior_variance, step_variance
 
 Importance = str | Tensor | Sequence[float]  # of the steps of a bound: a name, or positive weights, one a step
+
+FEW_STEPS, REPEATS = 8, 4  # of a bound of fewer steps each is asked so often: neighbours tell no standard error there
 
 # --- sums over levels ---------------------------------------------------------------------------------------------
 
@@ -79,6 +81,7 @@ class _Setting:
     pixels: PixelGrid
     rows: int
     clip: Clip | float | None
+    repeats: int = 1  # times that each step of a bound is asked
 
     @property
     def dimensions(self) -> int:
@@ -256,9 +259,17 @@ def step_divergence(variance: str) -> Measure:
     return measure
 
 
-def _check_gammas(gammas: Tensor | Sequence[float] | None, process: Process, steps: int) -> Tensor:
+def _check_gammas(
+    gammas: Tensor | Sequence[float] | None, process: Process, steps: int, spacing: str = "gamma"
+) -> Tensor:
     """The levels, ascending."""
     low, high = process.gamma_min, process.gamma_max
+    choose(dict.fromkeys(("gamma", "t")), spacing, "spacing")
+    if spacing == "t":
+        if gammas is not None or steps < 1:
+            raise ValueError(f"likelihood: spacing 't' goes with steps of at least 1, got {steps}, and no gammas")
+        law = process.time_law("spacing 't'")
+        return law.gamma(torch.linspace(0, 1, steps + 1, dtype=torch.float64)).detach()
     if gammas is None:
         if steps < 3:
             raise ValueError(f"likelihood: steps must be at least 3, got {steps}")
@@ -290,8 +301,8 @@ def _pick_terms(setting: _Setting, gaps: Tensor, terms: int | None, importance: 
     """Which steps each image is asked, (n, k), and the factor of each, (n, k)."""
     n = len(setting.x)
     if terms is None:
-        every = torch.arange(len(gaps), device=gaps.device).expand(n, -1)
-        return every, torch.ones(n, len(gaps), dtype=torch.float64, device=gaps.device)
+        every = repeat_rows(len(gaps), setting.repeats, gaps).expand(n, -1)
+        return every, torch.full(every.shape, 1 / setting.repeats, dtype=torch.float64, device=gaps.device)
     if terms < 2:
         raise ValueError(f"likelihood: terms must be at least 2, got {terms}: one gives no standard error")
     p = _probabilities(importance, gaps)
@@ -328,7 +339,18 @@ def _discrete(
     reconstruction, spread, evaluations = yield from clipped(decoding, setting.clip)
     prior = prior_term(setting.x, last, prior_variance(setting.process.scaling, last))
     parts = {"prior": prior, "steps": row_sum(values), "reconstruction": reconstruction}
-    return _finish(setting, parts, series_variance(values) + spread, values.shape[1] + evaluations)
+    repeated = terms is None and setting.repeats > 1
+    sampled = _repeated(values, setting.repeats) if repeated else series_variance(values)
+    return _finish(setting, parts, sampled + spread, values.shape[1] + evaluations)
+
+
+def _repeated(values: Tensor, repeats: int) -> Variance:
+    """Of the sum over steps of the means of each one's repeats; values (n, steps x repeats), divided by `repeats`."""
+    steps = (repeats * values).view(len(values), -1, repeats).unbind(1)
+    total = Variance.known(torch.zeros_like(values[:, 0]))
+    for step in steps:
+        total = total + mean_and_variance(step)[1]
+    return total
 
 
 def vlb_discrete(
@@ -340,6 +362,7 @@ def vlb_discrete(
     pixels: PixelGrid,
     gammas: Tensor | Sequence[float] | None = None,
     steps: int = 1000,
+    spacing: str = "gamma",
     variance: str = "posterior",
     terms: int | None = None,
     importance: Importance = "gamma",
@@ -355,6 +378,8 @@ def vlb_discrete(
     expm1(gamma_t - gamma_s) / 2 x E|eps - eps_hat|^2 (Kingma et al. 2021, eq. 14).
 
     gammas: the levels, strictly descending as a sampler's grid; without it `steps` levels uniform in gamma.
+    spacing: 't' for VDM's own bound of T = `steps` steps, i/T to (i - 1)/T in t for i = 1..T, from T = 1 on, whatever
+        the law; each of fewer than 8 is asked 4 times.
     variance: 'posterior' (beta-tilde), 'beta', or 'learned' (IDDPM's interpolation by the network's variance head).
     terms: evaluations an image, each at a step drawn by `importance` ('uniform', 'gamma': by the step's width, or
         positive weights, one a step, from noise-free to noise); None for every step.
@@ -367,7 +392,9 @@ def vlb_discrete(
             variance head where it is asked for, no finite number from the network.
     """
     setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws, clip)
-    levels = _check_gammas(gammas, process, steps)
+    levels = _check_gammas(gammas, process, steps, spacing)
+    if spacing == "t" and steps < FEW_STEPS:
+        setting = replace(setting, repeats=REPEATS)
     table = ancestral_steps(levels[1:], levels[:-1], process.scaling)
     return (yield from _discrete(setting, levels, table, terms, importance, decoder, decoder_draws, control, variance))
 

@@ -16,6 +16,7 @@ from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.procedure import Procedure, Query
+from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.rows import row_sum
 
 
@@ -33,6 +34,31 @@ def softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> tupl
     own = -0.5 * ((y - (pixels.first + pixels.bin * index.to(y.dtype))) / s) ** 2
     total = torch.logsumexp(logits, -1)
     return own - total, (torch.exp(logits - total[..., None]) * value).sum(-1)
+
+
+def decoded_pixels(y: Tensor, s: float, pixels: PixelGrid, noise: Noise | None) -> Tensor:
+    """Images of grey levels in model space, shaped like y (n, ...), in its dtype: drawn from the softmax decoder
+    p(u | y) at y = x + s eps, or its mode, the nearest level, without `noise`.
+    """
+    z, last = (y.double() - pixels.first) / pixels.bin, pixels.levels - 1
+    nearest = z.round().clamp(0, last)
+    if noise is None:
+        return (pixels.first + pixels.bin * nearest).to(y.dtype)
+    reach = min(last, math.ceil(9 * s / pixels.bin) + 1)
+
+    def weight(level: Tensor) -> Tensor:
+        """In proportion to p, 1 at the nearest level."""
+        value = torch.exp(0.5 * (pixels.bin / s) ** 2 * ((z - nearest) ** 2 - (z - level) ** 2))
+        return value.masked_fill_((level < 0) | (level > last), 0)
+
+    offsets = range(-reach, reach + 1)
+    total = sum((weight(nearest + offset) for offset in offsets), torch.zeros_like(z))
+    left = noise.uniform_(torch.empty_like(z)).mul_(total)  # the first level at which the sum exceeds it
+    level = nearest - reach
+    for offset in offsets[:-1]:
+        left -= weight(nearest + offset)
+        level += left >= 0
+    return (pixels.first + pixels.bin * level.clamp_(0, last)).to(y.dtype)
 
 
 def _log_cdf(value: Tensor) -> Tensor:

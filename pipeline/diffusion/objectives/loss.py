@@ -8,8 +8,10 @@ D = b alpha - a sigma of a prediction's row, solving alpha x_hat + sigma eps_hat
 so that no form of the loss ever subtracts two nearly equal images, however small sigma / alpha is.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import NO_LABEL, Conditioning
 from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.formula import Formula
 from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.rows import shaped
@@ -120,16 +123,30 @@ def table_of(schedule: Schedule, purpose: str) -> Tensor:
     return table
 
 
+class UniformGamma(LinearGamma):
+    """Uniform in gamma over the range of any law, a table's own ends included."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+class _LogNormal(EDM):
+    """EDM's quantile function over the range of a law, a table's own ends included."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def _log_normal(schedule: Schedule, p_mean: float, p_std: float) -> Quantile:
     low, high = (torch.tensor(g / 2).double().exp().item() for g in (schedule.gamma_min, schedule.gamma_max))
-    return EDM(low, high, p_mean, p_std)
+    return _LogNormal(low, high, p_mean, p_std)
 
 
 # (schedule, p_mean, p_std) -> quantile function
 DENSITIES: dict[str, Callable[[Schedule, float, float], Quantile]] = {
     "schedule": lambda schedule, p_mean, p_std: schedule,  # uniform t
     "table": lambda schedule, p_mean, p_std: Nodes(table_of(schedule, "density 'table'")),
-    "uniform_gamma": lambda schedule, p_mean, p_std: LinearGamma(schedule.gamma_min, schedule.gamma_max),
+    "uniform_gamma": lambda schedule, p_mean, p_std: UniformGamma(schedule.gamma_min, schedule.gamma_max),
     "log_normal": _log_normal,  # ln(sigma / alpha) ~ N(p_mean, p_std^2) within the range; a flow's logit-normal tau
 }
 
@@ -191,12 +208,14 @@ def check_trains(denoiser: Denoiser, name: str, *, variance: bool = False) -> No
 
 @dataclass(frozen=True)
 class Level:
-    """A drawn level and the density it came from: gamma = quantile.gamma(u), (b,) float64."""
+    """A drawn level and the density it came from: gamma = quantile.gamma(u), (b,) float64. formula, table: weights."""
 
     u: Tensor
     quantile: Quantile
     parameterization: Parameterization
     snr_cap: float
+    formula: str = ""
+    table: tuple[tuple[float, float], ...] = ()
 
     @property
     def gamma(self) -> Tensor:
@@ -218,6 +237,56 @@ def _elbo_weight(level: Level) -> Tensor:
     return 0.5 * derivative(level.quantile.gamma, level.u)
 
 
+WEIGHT_NAMES = ("gamma", "snr", "s", "alpha", "sigma")  # what a weight written as a formula may be of
+
+
+def weight_formula(text: str) -> Formula:
+    """w(gamma) from text; snr = exp(-gamma), s = sigma / alpha. Raises ValueError where it is no formula."""
+    return Formula(text, WEIGHT_NAMES, "objective.formula")
+
+
+def _formula_values(gamma: Tensor, parameterization: Parameterization) -> dict[str, Tensor]:
+    alpha, sigma = parameterization.alpha_sigma(gamma)
+    return dict(zip(WEIGHT_NAMES, (gamma, torch.exp(-gamma), torch.exp(gamma / 2), alpha, sigma), strict=True))
+
+
+@lru_cache(maxsize=16)
+def check_weight_formula(text: str, parameterization: Parameterization, low: float, high: float) -> None:
+    """Raises ValueError where the weight is negative or not finite on [low, high], looked at in 1,001 places."""
+    gamma = torch.linspace(low, high, 1001, dtype=torch.float64)
+    weight_formula(text).nonnegative(_formula_values(gamma, parameterization))
+
+
+def weight_table(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+    """Rows (gamma, w), gamma ascending.
+
+    Raises:
+        ValueError: fewer than two rows, one that is not two numbers, gamma not ascending, w negative or not finite.
+    """
+    table = tuple((float(row[0]), float(row[1])) for row in rows if len(row) == 2)
+    if len(table) != len(rows) or len(table) < 2:
+        raise ValueError("objective.table needs at least two rows [gamma, weight] of two numbers each")
+    for index, (gamma, weight) in enumerate(table):
+        if not (math.isfinite(gamma) and 0 <= weight < math.inf):
+            raise ValueError(f"objective.table: row {index} is [{gamma:g}, {weight:g}]; weights are finite, at least 0")
+        if index and gamma <= table[index - 1][0]:
+            raise ValueError(f"objective.table: gamma must ascend, got {gamma:g} after {table[index - 1][0]:g}")
+    return table
+
+
+def _formula_weight(level: Level) -> Tensor:
+    return weight_formula(level.formula)(_formula_values(level.gamma, level.parameterization))
+
+
+def _table_weight(level: Level) -> Tensor:
+    """Linear in gamma between the rows, constant beyond the ends."""
+    gamma = level.gamma
+    nodes, weights = gamma.new_tensor(level.table).T.contiguous()
+    high = torch.searchsorted(nodes, gamma.contiguous()).clamp(1, len(nodes) - 1)
+    share = ((gamma - nodes[high - 1]) / (nodes[high] - nodes[high - 1])).clamp(0, 1)
+    return torch.lerp(weights[high - 1], weights[high], share)
+
+
 WEIGHTS: dict[str, Callable[[Level], Tensor]] = {
     "eps": lambda level: torch.ones_like(level.u),  # L_simple (Ho et al. 2020, eq. 14)
     "x": lambda level: torch.exp(level.gamma),
@@ -232,6 +301,8 @@ WEIGHTS: dict[str, Callable[[Level], Tensor]] = {
     ),  # min(SNR, cap) on x (Hang et al. 2023)
     "p2": lambda level: torch.sigmoid(level.gamma),  # 1 / (1 + SNR) (Choi et al. 2022, k = gamma = 1)
     "elbo": _elbo_weight,
+    "formula": _formula_weight,
+    "table": _table_weight,
 }
 
 

@@ -1,5 +1,6 @@
 """Training objectives by name. Each is frozen options and `loss(denoiser, x, conditioning, key) -> Loss`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,15 +12,19 @@ from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.discrete import DiscreteVLB, Hybrid
 from pipeline.diffusion.objectives.loss import (
     DENSITIES,
+    WEIGHT_NAMES,
     WEIGHTS,
     Level,
     Loss,
     Objective,
     check_trains,
+    check_weight_formula,
     draw_noise,
     draw_uniform,
     drop_labels,
     regress,
+    weight_formula,
+    weight_table,
 )
 from pipeline.diffusion.objectives.score_matching import DenoisingScoreMatching, ImplicitScoreMatching
 from pipeline.diffusion.objectives.variational import VLB
@@ -55,8 +60,17 @@ class Weighted:
     p_mean: Annotated[float, "density log_normal: mean of ln(sigma/alpha)"] = -1.2
     p_std: Annotated[float, "density log_normal: standard deviation of ln(sigma/alpha)"] = 1.2
     snr_cap: Annotated[float, "weight min_snr: cap on the signal-to-noise ratio"] = 5.0
+    formula: Annotated[str, "weight formula: arithmetic of " + ", ".join(WEIGHT_NAMES)] = ""
+    table: Annotated[Sequence[Sequence[float]], "weight table: rows [gamma, weight], linear between them"] = ()
 
     def __post_init__(self) -> None:
+        for name in ("formula", "table"):
+            if bool(getattr(self, name)) != (self.weight == name):
+                raise ValueError(f"objective.{name} goes with objective.weight: {name}, each with the other")
+        if self.weight == "formula":
+            weight_formula(self.formula)
+        if self.weight == "table":
+            object.__setattr__(self, "table", weight_table(self.table))
         choose(WEIGHTS, self.weight, "objective.weight")
         choose(DENSITIES, self.density, "objective.density")
         for name in ("p_std", "snr_cap"):
@@ -68,7 +82,11 @@ class Weighted:
         check_trains(denoiser, "weighted")
         quantile = DENSITIES[self.density](schedule, self.p_mean, self.p_std)
         u = draw_uniform(len(x), key, stratified=self.stratified, device=x.device)
-        level = Level(u, quantile, denoiser.parameterization, self.snr_cap)
+        parameterization = denoiser.parameterization
+        if self.formula:
+            check_weight_formula(self.formula, parameterization, schedule.gamma_min, schedule.gamma_max)
+        table = tuple((row[0], row[1]) for row in self.table)
+        level = Level(u, quantile, parameterization, self.snr_cap, self.formula, table)
         gamma = level.gamma
         error = regress(denoiser, x, gamma, draw_noise(x, key), conditioning).error
         weighted = WEIGHTS[self.weight](level) * error

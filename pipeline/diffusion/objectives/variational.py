@@ -23,11 +23,11 @@ from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.likelihood.decoders import expected_softmax
-from pipeline.diffusion.objectives.loss import Loss, draw_noise, draw_uniform, regress
+from pipeline.diffusion.objectives.loss import Loss, UniformGamma, draw_noise, draw_uniform, regress
 from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.scaling import SCALINGS
-from pipeline.diffusion.schedule import LearnedGamma, LinearGamma, Schedule, derivative
+from pipeline.diffusion.schedule import LearnedGamma, Schedule, derivative
 
 BIT = math.log(2)
 
@@ -93,7 +93,7 @@ def path(schedule: Schedule, t: Tensor, density: str = "schedule") -> Path:
     """
     if not isinstance(schedule, LearnedGamma):
         low, high = t.new_tensor([schedule.gamma_min, schedule.gamma_max])
-        law = LinearGamma(schedule.gamma_min, schedule.gamma_max) if density == "uniform_gamma" else schedule
+        law = UniformGamma(schedule.gamma_min, schedule.gamma_max) if density == "uniform_gamma" else schedule
         return Path(law.gamma(t), derivative(law.gamma, t), low, high)
     if density != "schedule":
         raise ValueError("a learned schedule is its own density: set objective.density: schedule")

@@ -82,6 +82,28 @@ def explicit_grid(schedule: Schedule, indices: Sequence[int]) -> Tensor:
     return table[torch.tensor(list(indices))].flip(0)
 
 
+def nearest(gammas: Tensor, nodes: Tensor) -> Tensor:
+    """Each level's nearest node in s = exp(gamma / 2), float64 (Karras et al. 2022, appendix C.3.4).
+
+    nodes: float64, ascending, at least two.
+    """
+    value = gammas.double().contiguous()
+    above = torch.searchsorted(nodes, value).clamp(1, len(nodes) - 1)
+    low, high = nodes[above - 1], nodes[above]
+    s, s_low, s_high = (torch.exp((each - high) / 2) for each in (value, low, high))  # of the upper one: no overflow
+    return torch.where(s - s_low < s_high - s, low, high)
+
+
+def integer_grid(gammas: Tensor, schedule: Schedule) -> Tensor:
+    """A grid's levels moved to the nearest steps of the schedule's table, where a network was trained at these alone.
+
+    Each once, so that there may be fewer levels than in the grid; the published code asks again there, and does not
+    move. Raises ValueError where the schedule has no table.
+    """
+    levels = nearest(gammas, _table(schedule, "of integer steps"))
+    return levels[levels.diff(prepend=levels.new_tensor([math.inf])) < 0]
+
+
 @torch.no_grad()
 def grid(name: str, schedule: Schedule, steps: int, **options: float) -> Tensor:
     """The levels to query: gamma, float64 (steps,), strictly descending within the law's range ('quadratic': at most).

@@ -15,18 +15,20 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
+from pipeline.diffusion.formula import Formula
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.scaling import step_variance
+from pipeline.diffusion.scaling import SCALINGS, step_variance
 
 FLOAT32_LOWEST = 2 * math.log(1e-4)  # below s = 1e-4 float32 y cannot carry the noise
 
 
 class Move(NamedTuple):
-    """y + weight (x_hat - y) + deviation z, z ~ N(0, I)."""
+    """scale (y + weight (x_hat - y)) + deviation z, z ~ N(0, I)."""
 
     weight: float
     deviation: float
+    scale: float = 1.0
 
 
 def floats(values: Tensor) -> list[float]:
@@ -83,9 +85,11 @@ def walk(
     """
     level = rows(grid, y)
     draws = torch.empty_like(y) if any(move.deviation for move in moves) else y
-    for index, (weight, deviation) in enumerate(moves):
+    for index, (weight, deviation, scale) in enumerate(moves):
         answer = yield Query(y, level[index], conditioning, shared=grid[index])
         y.lerp_(answer.x_hat, weight)
+        if scale != 1:
+            y.mul_(scale)
         if deviation and noise is not None:
             y.add_(noise.normal_(draws), alpha=deviation)
     if not finish:
@@ -156,17 +160,51 @@ def reverse_diffusion_moves(grid: Sequence[float]) -> list[Move]:
     return [Move(part, math.sqrt(math.exp(g_t) * part)) for g_t, part in zip(grid, fractions, strict=False)]
 
 
-def sde_moves(grid: Sequence[float], lam: float = 1.0) -> list[Move]:
+LARGEST_LAM = 100.0
+
+
+def lams(grid: Sequence[float], lam: float | Sequence[float] | str, process: Process | None = None) -> list[float]:
+    """lam at the start of each move: one value, one a move, or a formula of t, gamma and s = sigma / alpha.
+
+    Raises:
+        ValueError: a value outside 0..100, another number of them, no formula, or one without the model's time law.
+    """
+    count = len(grid) - 1
+    if isinstance(lam, str):
+        if process is None:
+            raise ValueError("lam as a formula of t needs the model's time law gamma(t): give process=")
+        gamma = torch.tensor(list(grid), dtype=torch.float64)[:-1]
+        t = process.time_law("lam as a formula").time(gamma).detach()
+        formula = Formula(lam, ("t", "gamma", "s"), "lam")
+        each = floats(formula.nonnegative({"t": t, "gamma": gamma, "s": torch.exp(gamma / 2)})) if count else []
+    else:
+        each = [float(lam)] * count if isinstance(lam, int | float) else [float(value) for value in lam]
+    if len(each) != count:
+        raise ValueError(f"lam: need one value, or one for each of the {count} moves, got {len(each)}")
+    for step, value in enumerate(each):
+        if not 0 <= value <= LARGEST_LAM:
+            raise ValueError(f"lam must be at least 0 and at most {LARGEST_LAM:g}, got {value:g} at step {step}")
+    return each
+
+
+def sde_moves(
+    grid: Sequence[float], lam: float | Sequence[float] | str = 1.0, process: Process | None = None
+) -> list[Move]:
     """Euler-Maruyama in s, falling, of dy = (1 + lam^2) (y - x_hat) / s ds + lam sqrt(2 s) dW: 0 the ODE, 1 the SDE.
 
-    (Song et al. 2021, section 4; the family between them as in Karras et al. 2022, eq. 6.)
+    (Song et al. 2021, section 4; the family between them as in Karras et al. 2022, eq. 6.) lam = sigma(t) / g(t) of a
+    family stated in t, see `lams`.
     """
-    check_nonnegative(lam=lam)
     falls = [-math.expm1((g_s - g_t) / 2) for g_t, g_s in pairwise(grid)]  # (s_t - s_s) / s_t
     return [
-        Move((1 + lam**2) * fall, lam * math.sqrt(2 * math.exp(g_t) * fall))
-        for g_t, fall in zip(grid, falls, strict=False)
+        Move((1 + lam_t**2) * fall, lam_t * math.sqrt(2 * math.exp(g_t) * fall))
+        for g_t, fall, lam_t in zip(grid, falls, lams(grid, lam, process), strict=False)
     ]
+
+
+def last_deviation(gamma: float, scaling: str) -> float:
+    """sqrt(beta_1) of a table that ends at gamma: sigma in the scaling a model was trained in, in model space."""
+    return math.exp(gamma / 2) * float(SCALINGS[scaling](torch.tensor(gamma, dtype=torch.float64)))
 
 
 def ancestral_moves(grid: Sequence[float], variance: str = "posterior", process: Process | None = None) -> list[Move]:

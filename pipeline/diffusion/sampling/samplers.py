@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
 from pipeline.diffusion.guidance import Clip, clipped
+from pipeline.diffusion.likelihood.decoders import decoded_pixels
+from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.sampling.adaptive import adaptive
@@ -34,6 +37,7 @@ from pipeline.diffusion.sampling.moves import (
     ancestral_moves,
     ddim_moves,
     euler_ancestral_moves,
+    last_deviation,
     levels,
     rows,
     sde_moves,
@@ -50,11 +54,31 @@ def ddim(
     conditioning: Conditioning,
     *,
     eta: float | Sequence[float] = 0.0,
+    sigma_1: float | str = 0.0,
+    process: Process | None = None,
     clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
-    """DDIM with any eta, one value or one a move: 0 deterministic, 1 DDPM's posterior variance. See `ddim_moves`."""
+    """DDIM with any eta, one value or one a move: 0 deterministic, 1 DDPM's posterior variance. See `ddim_moves`.
+
+    sigma_1: deviation of the noise on x_hat in the last move, 0..1 in model space, where eta's formula gives 0 (Song et
+    al. 2020, eq. 10); 'beta': sqrt(beta_1) of the model's own scaling.
+    """
+    if sigma_1 == "beta":
+        if process is None:
+            raise ValueError("sigma_1 'beta' depends on the scaling a model was trained in: give process=")
+        deviation = last_deviation(float(gammas[-1]), process.scaling) if gammas.ndim == 1 and len(gammas) else 0.0
+    elif isinstance(sigma_1, str) or not 0 <= sigma_1 <= 1:
+        raise ValueError(f"sigma_1 must be within 0..1 or 'beta', got {sigma_1!r}")
+    else:
+        deviation = float(sigma_1)
     grid = levels(gammas, y)
-    return clipped(walk(y, grid, ddim_moves(grid, eta), noise, conditioning), clip)
+    procedure = clipped(walk(y, grid, ddim_moves(grid, eta), noise, conditioning), clip)
+    return procedure if deviation == 0 else _noised(procedure, deviation, noise)
+
+
+def _noised(procedure: Procedure[Tensor], deviation: float, noise: Noise) -> Procedure[Tensor]:
+    x_hat = yield from procedure
+    return torch.add(x_hat, noise.normal_like(x_hat), alpha=deviation)
 
 
 def euler(
@@ -84,12 +108,16 @@ def sde(
     noise: Noise,
     conditioning: Conditioning,
     *,
-    lam: float = 1.0,
+    lam: float | Sequence[float] | str = 1.0,
+    process: Process | None = None,
     clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
-    """Every process between the probability flow (lam 0) and the reverse SDE (lam 1), and beyond. See `sde_moves`."""
+    """Every process between the probability flow (lam 0) and the reverse SDE (lam 1), and beyond. See `sde_moves`.
+
+    lam: one value, one a move, or a formula of t, gamma and s = sigma / alpha, such as 't' or 'sqrt(1 - t)'.
+    """
     grid = levels(gammas, y)
-    return clipped(walk(y, grid, sde_moves(grid, lam), noise, conditioning), clip)
+    return clipped(walk(y, grid, sde_moves(grid, lam, process), noise, conditioning), clip)
 
 
 def ancestral(
@@ -99,35 +127,58 @@ def ancestral(
     conditioning: Conditioning,
     *,
     variance: str = "posterior",
+    finish: str = "x_hat",
     process: Process | None = None,
     clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2).
 
     variance: 'posterior', 'beta' or 'learned', which interpolates their logarithms (Nichol & Dhariwal 2021, eq. 15);
-    the latter two need `process`. No noise in the last move.
+    the latter two need `process`. finish: 'x_hat' at the last level, no noise in the last move; or pixels of VDM's
+    decoder p(x | z_0), z_0 being where the last level is, which is then not asked: 'draw' one, or its 'mode' (Kingma et
+    al. 2021, section 3.2).
     """
     if variance not in ("posterior", "beta", "learned"):
         raise ValueError(f"variance must be 'posterior', 'beta' or 'learned', got '{variance}'")
-    grid = levels(gammas, y)
+    choose(dict.fromkeys(("x_hat", "draw", "mode")), finish, "finish")
+    grid, asked = levels(gammas, y), finish == "x_hat"
+    if not asked and len(grid) < 2:
+        raise ValueError(f"finish '{finish}' decodes the last level without a query: use at least 2 levels")
     if variance == "learned":
         upper = ancestral_moves(grid, "beta", process)
-        return clipped(_learned(y, grid, upper, ancestral_moves(grid), noise, conditioning), clip)
-    return clipped(walk(y, grid, ancestral_moves(grid, variance, process), noise, conditioning), clip)
+        procedure = _learned(y, grid, upper, ancestral_moves(grid), noise, conditioning, finish=asked)
+    else:
+        procedure = walk(y, grid, ancestral_moves(grid, variance, process), noise, conditioning, finish=asked)
+    procedure = clipped(procedure, clip)
+    return procedure if asked else _decoded(procedure, grid[-1], noise if finish == "draw" else None)
+
+
+def _decoded(procedure: Procedure[Tensor], gamma: float, noise: Noise | None) -> Procedure[Tensor]:
+    y = yield from procedure
+    return decoded_pixels(y, math.exp(gamma / 2), PixelGrid(), noise)
 
 
 def _learned(
-    y: Tensor, grid: list[float], upper: list[Move], lower: list[Move], noise: Noise, conditioning: Conditioning
+    y: Tensor,
+    grid: list[float],
+    upper: list[Move],
+    lower: list[Move],
+    noise: Noise,
+    conditioning: Conditioning,
+    *,
+    finish: bool = True,
 ) -> Procedure[Tensor]:
     """log deviation = (1 + v) / 2 log sqrt(beta) + (1 - v) / 2 log sqrt(beta-tilde); v, the network's, is unbounded."""
     level, draws = rows(grid, y), torch.empty_like(y)
-    for index, ((weight, high), (_, low)) in enumerate(zip(upper, lower, strict=True)):
+    for index, ((weight, high, _), (_, low, _)) in enumerate(zip(upper, lower, strict=True)):
         answer = yield Query(y, level[index], conditioning, shared=grid[index])
         if answer.variance is None:
             raise ValueError("variance 'learned' needs a network with learned variance; use 'beta' or 'posterior'")
         log_high, log_low = math.log(high), math.log(low)
         deviation = answer.variance.to(y.dtype).mul((log_high - log_low) / 2).add_((log_high + log_low) / 2).exp_()
         y.lerp_(answer.x_hat, weight).addcmul_(noise.normal_(draws), deviation)
+    if not finish:
+        return y
     return (yield Query(y, level[-1], conditioning, shared=grid[-1])).x_hat
 
 
@@ -205,8 +256,12 @@ def _heun_evaluations(steps: int, **_: Any) -> int:
     return 2 * steps - 1
 
 
-def _langevin_evaluations(steps: int, steps_per_level: int = 5, **_: Any) -> int:
-    return steps * steps_per_level + 1
+def _ancestral_evaluations(steps: int, finish: str = "x_hat", **_: Any) -> int:
+    return steps - (finish != "x_hat")
+
+
+def _langevin_evaluations(steps: int, steps_per_level: int = 5, finish: str = "x_hat", **_: Any) -> int:
+    return steps * steps_per_level + (finish == "x_hat")
 
 
 def _corrected_evaluations(steps: int, corrector_steps: int = 1, **_: Any) -> int:
@@ -219,7 +274,7 @@ def _adaptive_evaluations(steps: int, tolerance: float = 1e-3, **_: Any) -> int:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ancestral": Sampler(ancestral, 1, True, _one_a_step),
+    "ancestral": Sampler(ancestral, 1, True, _ancestral_evaluations),
     "ddim": Sampler(ddim, 1, False, _one_a_step),
     "euler": Sampler(euler, 1, False, _one_a_step, "rho"),
     "euler_ancestral": Sampler(euler_ancestral, 1, True, _one_a_step, "rho"),

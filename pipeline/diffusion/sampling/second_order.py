@@ -16,7 +16,8 @@ from pipeline.diffusion.denoiser import Process
 from pipeline.diffusion.guidance import Clip, clipped
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
-from pipeline.diffusion.sampling.moves import check_nonnegative, levels, rows
+from pipeline.diffusion.sampling.grids import nearest
+from pipeline.diffusion.sampling.moves import check_nonnegative, floats, levels, rows
 
 
 def heun(
@@ -29,22 +30,28 @@ def heun(
     churn_min: float = 0.0,
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
+    churn_last: bool = False,
     process: Process | None = None,
     clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """EDM's second-order sampler (Karras et al. 2022, algorithm 2): 2 steps - 1 queries.
 
     churn: S_churn; where churn_min <= s <= churn_max noise comes first, up to s (1 + min(churn / steps, sqrt(2) - 1))
-    but never beyond the model's gamma_max (without `process`: the first level). churn_noise: S_noise, the deviation of
-    what is added.
+    but never beyond the model's gamma_max (without `process`: the first level), to the nearest of `process.nodes` where
+    there are some. churn_noise: S_noise, the deviation of what is added. churn_last: at the last level too, from which
+    the last Euler step goes to s = 0, as published; without, the image is x_hat at the last level itself.
     """
     check_nonnegative(churn=churn, churn_min=churn_min, churn_noise=churn_noise)
     grid = levels(gammas, y)
     highest = grid[0] if process is None else max(process.gamma_max, grid[0])
     raised = list(grid)
-    for index, g in enumerate(grid[:-1]):
+    for index, g in enumerate(grid if churn_last else grid[:-1]):
         if churn > 0 and churn_min <= math.exp(g / 2) <= churn_max:
             raised[index] = min(g + 2 * math.log1p(min(churn / len(grid), math.sqrt(2) - 1)), highest)
+    if process is not None and process.nodes is not None and raised != grid:
+        raised = [
+            max(g, low) for g, low in zip(floats(nearest(torch.tensor(raised), process.nodes)), grid, strict=True)
+        ]
     return clipped(heun_walk(y, grid, raised, churn_noise, noise, conditioning), clip)
 
 
@@ -64,8 +71,7 @@ def heun_walk(
     for index in range(len(grid) - 1):
         g_t, g_s = raised[index], grid[index + 1]
         if g_t > grid[index] and noise is not None:
-            added = math.exp(g_t / 2) * math.sqrt(-math.expm1(grid[index] - g_t))
-            y.add_(noise.normal_(draws), alpha=added * churn_noise)
+            y.add_(noise.normal_(draws), alpha=_added(grid[index], g_t) * churn_noise)
         first = (yield Query(y, high[index], conditioning, shared=g_t)).x_hat
         weight = -math.expm1((g_s - g_t) / 2)
         ahead = torch.lerp(y, first, weight)
@@ -75,7 +81,14 @@ def heun_walk(
         y.sub_(ahead, alpha=half).add_(second, alpha=half)
     if not finish:
         return y
-    return (yield Query(y, low[-1], conditioning, shared=grid[-1])).x_hat
+    if raised[-1] > grid[-1] and noise is not None:
+        y.add_(noise.normal_(draws), alpha=_added(grid[-1], raised[-1]) * churn_noise)
+    return (yield Query(y, high[-1], conditioning, shared=raised[-1])).x_hat
+
+
+def _added(low: float, high: float) -> float:
+    """sqrt(s_high^2 - s_low^2)."""
+    return math.exp(high / 2) * math.sqrt(-math.expm1(low - high))
 
 
 class TwoStep(NamedTuple):

@@ -212,7 +212,7 @@ def commands(config: RunConfig, page: Path) -> list[tuple[str, str]]:
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     return [
         ("This report", str(page)),
-        ("The MLflow UI", f"{python.parent}/mlflow ui --backend-store-uri {config.tracking.uri}"),
+        ("The MLflow UI", f"{python.parent}/mlflow ui --workers 1 --backend-store-uri {config.tracking.uri}"),
         ("The MLflow UI's page", "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"),
         ("The page and the API", f"{python} -m jobs.serve {RUN_FILE}"),
     ]

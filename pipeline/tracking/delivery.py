@@ -1,4 +1,4 @@
-"""From a training's events to its MLflow run: a spool that takes them at once, and a thread that carries them over.
+"""From a training's events to its MLflow run: a spool that takes them at once, and threads that carry them over.
 
 An outage never stops or slows the training. Each (key, step) arrives once: at the start and after every failure the
 server is asked for each key's highest step, and only later ones are sent.
@@ -25,10 +25,69 @@ BATCH = 500  # metrics a request; MLflow takes 1,000
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "PERMISSION_DENIED")
 
 
-class TrackedRun:
-    """Takes events (`handle`) and brings them to MLflow in a thread of its own; `close` when the training ended.
+Entry = tuple[int, say.Event]  # milliseconds since 1970, and what was told then
 
-    attach: called before the first delivery and again after every failure; what it raises is a failure too.
+
+class _Courier:
+    """One kind of delivery, in a thread of its own: what holds it up holds up no other.
+
+    take: fetches what is new into the couriers' `waiting`. deliver: sends what waits, in order, and removes it; it is
+    told whether this is the first time, or the first after a failure. blame: whether a failure is this kind's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        keeps: str,
+        take: Callable[[], None],
+        deliver: Callable[["_Courier"], None],
+        blame: Callable[[], bool],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.name, self.waiting, self.fresh, self.deadline = name, list[Entry](), True, 0.0
+        self.closed = threading.Event()
+        self._keeps, self._take, self._deliver, self._blame, self._warn = keeps, take, deliver, blame, warn
+        self._told = False
+        self.thread = threading.Thread(target=self._run, name=f"tracking {keeps}", daemon=True)
+
+    def tried(self, call: Callable[[], object]) -> bool:
+        """Whether the call went through; what fails is told of once, and asked for again."""
+        try:
+            call()
+        except Exception as error:  # stores raise what their libraries raise, and a dead thread would deliver nothing
+            self.fresh = True
+            if not self._told and self._blame():
+                self._told = True
+                meanwhile = f"the training goes on and {self._keeps} are kept"
+                self._warn(f"{self.name} does not answer ({first_line(error)}); {meanwhile}")
+            return False
+        if self._told:
+            self._warn(f"{self.name} answers again")
+        self._told = False
+        return True
+
+    def _run(self) -> None:
+        pause = RETRY_S[0]
+        while True:
+            closing = self.closed.wait(FLUSH_S)
+            self._take()
+            if self.tried(lambda: self._deliver(self)):
+                pause = RETRY_S[0]
+                if closing:
+                    return
+            else:
+                if closing and time.monotonic() + pause > self.deadline:
+                    return
+                time.sleep(pause) if closing else self.closed.wait(pause)
+                pause = min(2 * pause, RETRY_S[1])
+
+
+class TrackedRun:
+    """Takes events (`handle`) and brings them to MLflow in threads of its own, metrics and tags in one, pictures and
+    files in the other; `close` when the training ended.
+
+    attach, attach_files: called before the first delivery of their kind and again after every failure; what they raise
+    is a failure too.
     """
 
     def __init__(
@@ -37,17 +96,21 @@ class TrackedRun:
         run_id: str,
         spool: Spool,
         attach: Callable[[], None],
+        attach_files: Callable[[], None],
         warn: Callable[[str], None],
     ) -> None:
         self.run_id = run_id
-        self._client, self._spool, self._attach, self._warn = client, spool, attach, warn
-        self._highest: dict[str, int] | None = None  # None: to be asked for
-        self._waiting: list[tuple[int, say.Event]] = []
-        self._away = self._full = False
-        self._closed = threading.Event()
-        self._deadline = 0.0
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
-        self._thread.start()
+        self._client, self._spool, self._warn = client, spool, warn
+        self._attach, self._attach_files = attach, attach_files
+        self._highest: dict[str, int] = {}
+        self._pictures: dict[str, int] = {}
+        self._full = False
+        self._taking = threading.Lock()
+        self._records = _Courier("MLflow", "metrics", self._take, self._bring_records, lambda: True, warn)
+        store = "MLflow's artifact store"
+        self._files = _Courier(store, "pictures", self._take, self._bring_files, self._server_answers, warn)
+        for courier in (self._records, self._files):
+            courier.thread.start()
 
     def handle(self, event: say.Event) -> None:
         """Never waits and never fails, neither for the server's sake nor for that of a full disk."""
@@ -63,93 +126,104 @@ class TrackedRun:
 
         Where the server is away, it gives up after CLOSE_S; the spool stays, and the next start brings it.
         """
-        self._deadline = time.monotonic() + CLOSE_S
-        self._closed.set()
-        self._thread.join()
-        delivered = not self._waiting
-        if delivered:
-            delivered = self._tried(lambda: self._client.set_terminated(self.run_id, status))
-        if not delivered:
-            self._warn(f"MLflow does not answer; what it has not got is kept in {self._spool.path}")
-        self._spool.close(delivered)
-        return delivered
+        couriers = (self._records, self._files)
+        for courier in couriers:
+            courier.deadline = time.monotonic() + CLOSE_S
+            courier.closed.set()
+        for courier in couriers:
+            courier.thread.join()
+        away = [courier.name for courier in couriers if courier.waiting or courier.fresh]
+        if self._records.name not in away:
+            ended = self._records.tried(lambda: self._client.set_terminated(self.run_id, status))
+            away += [] if ended else [self._records.name]
+        if away:
+            self._warn(f"{away[0]} does not answer; what it has not got is kept in {self._spool.path}")
+        self._spool.close(not away)
+        return not away
 
-    def _run(self) -> None:
-        pause = RETRY_S[0]
-        while True:
-            closing = self._closed.wait(FLUSH_S)
-            self._waiting += [entry for line in self._spool.take() if (entry := _entry(line)) is not None]
-            if self._tried(self._deliver):
+    def _take(self) -> None:
+        """Hands what is new in the spool to those who bring it."""
+        with self._taking:
+            for line in self._spool.take():
+                entry = _entry(line)
+                if entry is None:
+                    continue
+                self._records.waiting.append(entry)
+                if records.picture_key(entry[1]) is not None:
+                    self._files.waiting.append(entry)
+            if not self._records.waiting and not self._files.waiting:
                 self._spool.delivered()
-                pause = RETRY_S[0]
-                if closing:
-                    return
-            else:
-                if closing and time.monotonic() + pause > self._deadline:
-                    return
-                time.sleep(pause) if closing else self._closed.wait(pause)
-                pause = min(2 * pause, RETRY_S[1])
 
-    def _tried(self, call: Callable[[], object]) -> bool:
-        """Whether the call went through; a server that is away is told of once."""
+    def _server_answers(self) -> bool:
+        """Whether the database does, where the artifacts do not."""
+        try:
+            self._client.get_run(self.run_id)
+        except Exception:  # then the records' courier has the same to say
+            return False
+        return True
+
+    def _bring_records(self, courier: _Courier) -> None:
+        """Metrics and tags; what was sent no longer waits, also where a later part fails."""
+        if courier.fresh:
+            self._attach()
+            self._highest = highest_metrics(self._client, self.run_id)
+            courier.fresh = False
+        while courier.waiting:
+            ready = _run_of_metrics(courier.waiting)
+            entries = courier.waiting[: max(1, ready)]
+            self._unless_refused(self._send_metrics if ready else self._send_tags, entries)
+            del courier.waiting[: len(entries)]
+
+    def _bring_files(self, courier: _Courier) -> None:
+        """The run file and pictures."""
+        if courier.fresh:
+            self._attach_files()
+            self._pictures = highest_pictures(self._client, self.run_id)
+            courier.fresh = False
+        while courier.waiting:
+            self._unless_refused(self._send_pictures, courier.waiting[:1])
+            del courier.waiting[0]
+
+    def _unless_refused(self, send: Callable[[Sequence[Entry]], None], entries: Sequence[Entry]) -> None:
+        """A record that the server will never take is told of and left out."""
         from mlflow.exceptions import MlflowException
 
         try:
-            call()
-        except (MlflowException, OSError) as error:
-            if not self._away:
-                self._warn(f"MLflow does not answer ({first_line(error)}); the training goes on and metrics are kept")
-            self._away, self._highest = True, None
-            return False
-        if self._away:
-            self._warn("MLflow answers again")
-        self._away = False
-        return True
+            send(entries)
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            self._warn(f"MLflow refused a record: {first_line(error)}")
 
-    def _deliver(self) -> None:
-        """Sends what waits, in order; what was sent no longer waits, also where a later part fails."""
-        from mlflow.exceptions import MlflowException
-
-        if self._highest is None:
-            self._attach()
-            self._highest = highest_steps(self._client, self.run_id)
-        while self._waiting:
-            ready = _run_of_metrics(self._waiting)
-            try:
-                if ready:
-                    self._send_metrics(self._waiting[:ready], self._highest)
-                else:
-                    self._send(*self._waiting[0], self._highest)
-            except MlflowException as error:
-                if error.error_code not in REFUSALS:
-                    raise
-                self._warn(f"MLflow refused a record: {first_line(error)}")
-            del self._waiting[: max(1, ready)]
-
-    def _send_metrics(self, entries: Sequence[tuple[int, say.Event]], highest: dict[str, int]) -> None:
+    def _send_metrics(self, entries: Sequence[Entry]) -> None:
         from mlflow.entities import Metric
 
         fresh: list[Metric] = []
         for ms, event in entries:
             for key, value in records.metrics(event).items():
-                if event.images > highest.get(key, -1):
+                if event.images > self._highest.get(key, -1):
                     fresh.append(Metric(key, value, ms, event.images))
-                    highest[key] = event.images
+                    self._highest[key] = event.images
         for start in range(0, len(fresh), BATCH):
             self._client.log_batch(self.run_id, metrics=fresh[start : start + BATCH])
 
-    def _send(self, ms: int, event: say.Event, highest: dict[str, int]) -> None:
-        key = records.picture_key(event)
-        if key is not None and event.images > highest.get(key, -1):
+    def _send_tags(self, entries: Sequence[Entry]) -> None:
+        for _, event in entries:
+            for tag, value in records.tags(event).items():
+                self._client.set_tag(self.run_id, tag, value[:5000])
+
+    def _send_pictures(self, entries: Sequence[Entry]) -> None:
+        for ms, event in entries:
+            key = records.picture_key(event)
+            if key is None or event.images <= self._pictures.get(key, -1):
+                continue
             pixels = records.picture(event)
             self._client.log_image(self.run_id, pixels, key=key, step=event.images, timestamp=ms, synchronous=True)
             self._client.log_image(self.run_id, pixels, artifact_file=f"latest/{key}.png")
-            highest[key] = event.images
-        for tag, value in records.tags(event).items():
-            self._client.set_tag(self.run_id, tag, value[:5000])
+            self._pictures[key] = event.images
 
 
-def _entry(line: str) -> tuple[int, say.Event] | None:
+def _entry(line: str) -> Entry | None:
     """(milliseconds, event) of a line of the spool; None for one that was cut off."""
     try:
         values = json.loads(line)
@@ -158,7 +232,7 @@ def _entry(line: str) -> tuple[int, say.Event] | None:
         return None
 
 
-def _run_of_metrics(entries: Sequence[tuple[int, say.Event]]) -> int:
+def _run_of_metrics(entries: Sequence[Entry]) -> int:
     """How many of the first entries are metrics only: they go in one request."""
     count = 0
     for _, event in entries[:100]:
@@ -168,10 +242,15 @@ def _run_of_metrics(entries: Sequence[tuple[int, say.Event]]) -> int:
     return count
 
 
-def highest_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
-    """The highest step that the server has of each key, pictures included."""
+def highest_metrics(client: "MlflowClient", run_id: str) -> dict[str, int]:
+    """The highest step that the server has of each metric."""
     latest = client.get_run(run_id).data.to_proto().metrics  # pyright: ignore[reportAttributeAccessIssue]
-    highest = {metric.key: metric.step for metric in latest}
+    return {metric.key: metric.step for metric in latest}
+
+
+def highest_pictures(client: "MlflowClient", run_id: str) -> dict[str, int]:
+    """The highest step that the artifact store has of each kind of pictures."""
+    highest: dict[str, int] = {}
     for file in client.list_artifacts(run_id, "images"):
         parts = file.path.rpartition("/")[2].replace("+", "%").split("%")  # KEY%step%1024%timestamp%...%compressed.webp
         if len(parts) > 2 and parts[1] == "step" and parts[-1].startswith("compressed"):  # written last

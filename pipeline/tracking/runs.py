@@ -47,9 +47,11 @@ def open_run(config: "RunConfig", manifest: "Manifest", warn: Callable[[str], No
     def attach() -> None:
         client.update_run(run_id, status="RUNNING")
         facts.log_parameters(client, run_id, config)
+
+    def attach_files() -> None:
         facts.log_run_file(client, run_id, config)
 
-    return TrackedRun(client, run_id, Spool(_spool_path(config)), attach, warn)
+    return TrackedRun(client, run_id, Spool(_spool_path(config)), attach, attach_files, warn)
 
 
 def began(config: "RunConfig") -> bool:
@@ -58,11 +60,20 @@ def began(config: "RunConfig") -> bool:
 
 
 def _stored(config: "RunConfig") -> str | None:
+    path = storage.join(config.output, STORED)
     try:
-        stored = json.loads(storage.read_bytes(storage.join(config.output, STORED)))
+        stored = json.loads(storage.read_bytes(path))
+        run_id, uri = stored["run_id"], stored.get("uri")
     except FileNotFoundError:
         return None
-    return stored["run_id"] if stored.get("uri") == without_secret(config.tracking.uri) else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not say which MLflow run this training is ({type(error).__name__}: {error}): remove it, and "
+            f"the training goes on in a new MLflow run"
+        ) from None
+    if not isinstance(run_id, str):
+        raise ValueError(f"{path}: run_id must be a string, got {run_id!r}: remove it, and a new MLflow run is made")
+    return run_id if uri == without_secret(config.tracking.uri) else None
 
 
 def _is_there(client: "MlflowClient", run_id: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -290,3 +291,44 @@ def test_grid_holds_every_image(count: int, channels: int) -> None:
         cell = small[top : top + 8, left : left + 8].transpose(2, 0, 1)
         assert (cell == pixels[index].numpy()).all()
     assert json.dumps(list(page.shape))
+
+
+def test_a_failing_artifact_store_holds_up_no_metric(
+    config: RunConfig, manifest: Manifest, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files cannot be written: what goes to the database arrives all the same, and the run ends."""
+    monkeypatch.setattr(delivery, "RETRY_S", (0.05, 0.1))
+    monkeypatch.setattr(delivery, "CLOSE_S", 0.5)
+    said: list[str] = []
+    run = runs.open_run(config, manifest, said.append)
+    place = Path(connect(database).get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    assert run.close("KILLED")
+    shutil.rmtree(place, ignore_errors=True)
+    place.write_text("where the run's files should be")
+    run = runs.open_run(config, manifest, said.append)
+    picture = say.Samples(1, 10, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    for event in [steps(10)[0], picture, *steps(20, 30), say.Finished(3, 30, "budget", "/x")]:
+        run.handle(event)
+    assert not run.close()
+    held = connect(database).get_run(run.run_id)
+    assert held.info.status == "FINISHED"
+    assert held.data.tags["ended"] == "budget"
+    assert [step for step, _ in history(run, database)] == [10, 20, 30]
+    assert all("MLflow's artifact store does not answer" in line for line in said), said
+    assert len(said) == 2  # once when it is met, once at the end
+    place.unlink()
+    again = runs.open_run(config, manifest)
+    assert again.close()
+    assert [step for step, _ in history(again, database)] == [10, 20, 30]
+    assert any(file.path.endswith(".png") for file in connect(database).list_artifacts(again.run_id, "images"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"run_id": 7}', "\x00\xff"])
+def test_a_damaged_mlflow_json_is_named(config: RunConfig, manifest: Manifest, text: str) -> None:
+    path = Path(config.output) / runs.STORED
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{path}.*: remove it, and") as caught:
+        runs.open_run(config, manifest)
+    assert "\n" not in str(caught.value)

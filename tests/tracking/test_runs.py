@@ -301,7 +301,7 @@ def test_a_failing_artifact_store_holds_up_no_metric(
     monkeypatch.setattr(delivery, "CLOSE_S", 0.5)
     said: list[str] = []
     run = runs.open_run(config, manifest, said.append)
-    place = Path(connect(database).get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
+    place = Path(str(connect(database).get_run(run.run_id).info.artifact_uri).removeprefix("file://"))
     place.parent.mkdir(parents=True, exist_ok=True)
     assert run.close("KILLED")
     shutil.rmtree(place, ignore_errors=True)

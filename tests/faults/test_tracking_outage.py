@@ -114,7 +114,6 @@ def test_outages_of_a_real_server(
 ) -> None:
     said: list[str] = []
 
-
     def say_of_the_server(line: str) -> None:
         if "artifact store" not in line:  # where the disk is full, pictures fail beside metrics
             said.append(line)

@@ -14,7 +14,8 @@ from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
 from pipeline.diffusion.guidance import Clip, clipped
-from pipeline.diffusion.likelihood.decoders import DECODERS, DecoderTask, expected_softmax, mix_log_variance
+from pipeline.diffusion.likelihood.continuous import Continuous, gaussian_entropy
+from pipeline.diffusion.likelihood.decoders import DECODERS, DecoderTask, Grid, expected_softmax, mix_log_variance
 from pipeline.diffusion.likelihood.estimate import (
     Likelihood,
     Variance,
@@ -23,7 +24,6 @@ from pipeline.diffusion.likelihood.estimate import (
     repeat_rows,
     sum_parts,
 )
-from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.procedure import Answer, Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.rows import row_sum, shaped
@@ -78,7 +78,7 @@ class _Setting:
     process: Process
     noise: Noise
     conditioning: Conditioning
-    pixels: PixelGrid
+    pixels: Grid
     rows: int
     clip: Clip | float | None
     repeats: int = 1  # times that each step of a bound is asked
@@ -127,8 +127,13 @@ def _reconstruction(
     x = setting.x
     s = math.exp(gamma / 2)
     if decoder == "softmax":
-        value = expected_softmax(s, setting.index, setting.pixels)
+        if isinstance(setting.pixels, Continuous):
+            value = torch.full_like(x.flatten(1)[:, 0], gaussian_entropy(setting.dimensions, gamma))
+        else:
+            value = expected_softmax(s, setting.index, setting.pixels)
         return value, Variance.known(torch.zeros_like(value)), 0
+    if isinstance(setting.pixels, Continuous):  # beta, whatever the steps have: too narrow a density is dear
+        log_variances = (log_variances[1], log_variances[1])
     values: list[Tensor] = []
     for _ in range(draws):
         y = x + s * setting.noise.normal_like(x)
@@ -162,12 +167,14 @@ def _setting(
     process: Process,
     noise: Noise,
     conditioning: Conditioning,
-    pixels: PixelGrid,
+    pixels: Grid,
     rows: int,
     draws: int,
     clip: Clip | float | None,
 ) -> _Setting:
     check_input(x, noise, rows=rows)
+    if clip is not None and isinstance(pixels, Continuous):
+        raise ValueError("likelihood: clip is a habit of pixels, latents have no range: leave it out")
     if draws < 2:
         raise ValueError(f"likelihood: decoder_draws must be at least 2, got {draws}: one gives no standard error")
     return _Setting(x.double(), pixels.index(x), process, noise, conditioning, pixels, rows, clip)
@@ -187,7 +194,7 @@ def vlb(
     noise: Noise,
     conditioning: Conditioning,
     *,
-    pixels: PixelGrid,
+    pixels: Grid,
     levels: int = 64,
     decoder: str = "softmax",
     decoder_draws: int = 4,
@@ -199,6 +206,8 @@ def vlb(
 
     (Kingma et al. 2021, eq. 11 and 17.) Parts: 'prior', 'diffusion', 'reconstruction'.
 
+    pixels: the grid of grey levels, or CONTINUOUS: x are latents, the value is that of their density, decoder
+        'softmax' is N(x; y_0, s_0^2) (a constant) and 'gaussian' N(x; x_hat(y_0), beta of the last move).
     levels: network evaluations an image, one at a random place of each of as many equal parts of the range of gamma.
     decoder: 'softmax' (its expectation exactly) or 'gaussian' (`decoder_draws` more evaluations).
     control: take |eps|^2 - D, known in the mean, off the terms in proportion: the same expectation, half the error.
@@ -359,7 +368,7 @@ def vlb_discrete(
     noise: Noise,
     conditioning: Conditioning,
     *,
-    pixels: PixelGrid,
+    pixels: Grid,
     gammas: Tensor | Sequence[float] | None = None,
     steps: int = 1000,
     spacing: str = "gamma",
@@ -377,6 +386,7 @@ def vlb_discrete(
     Parts: 'prior', 'steps', 'reconstruction'. With variance 'posterior' a step's term is
     expm1(gamma_t - gamma_s) / 2 x E|eps - eps_hat|^2 (Kingma et al. 2021, eq. 14).
 
+    pixels: as in `vlb`.
     gammas: the levels, strictly descending as a sampler's grid; without it `steps` levels uniform in gamma.
     spacing: 't' for VDM's own bound of T = `steps` steps, i/T to (i - 1)/T in t for i = 1..T, from T = 1 on, whatever
         the law; each of fewer than 8 is asked 4 times.
@@ -405,7 +415,7 @@ def ddim_bound(
     noise: Noise,
     conditioning: Conditioning,
     *,
-    pixels: PixelGrid,
+    pixels: Grid,
     eta: float = 1.0,
     gammas: Tensor | Sequence[float] | None = None,
     steps: int = 1000,

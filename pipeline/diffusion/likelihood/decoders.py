@@ -14,10 +14,13 @@ from torch import Tensor
 
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.likelihood.continuous import Continuous, log_normal_density
 from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.rows import row_sum
+
+Grid = PixelGrid | Continuous  # what the values of an image are: grey levels, or real numbers
 
 
 def softmax_level(y: Tensor, s: float, index: Tensor, pixels: PixelGrid) -> tuple[Tensor, Tensor]:
@@ -136,7 +139,7 @@ class DecoderTask:
     gamma: float
     index: Tensor
     conditioning: Conditioning
-    pixels: PixelGrid
+    pixels: Grid
     log_variances: tuple[float, float]
     variance: str
 
@@ -144,15 +147,19 @@ class DecoderTask:
 def softmax_decoder(task: DecoderTask) -> Procedure[Tensor]:
     """VDM's decoder: asks nothing of the network."""
     yield from ()
+    if isinstance(task.pixels, Continuous):  # its limit of infinitely fine levels
+        return row_sum(log_normal_density(task.y, math.exp(task.gamma / 2), task.index))
     return row_sum(softmax_level(task.y, math.exp(task.gamma / 2), task.index, task.pixels)[0])
 
 
 def gaussian_decoder(task: DecoderTask) -> Procedure[Tensor]:
-    """DDPM's decoder: N(x_hat(y), variance) integrated over each bin."""
+    """DDPM's decoder: N(x_hat(y), variance), integrated over each bin where there are bins."""
     level = torch.full((len(task.y),), task.gamma, dtype=torch.float64, device=task.y.device)
     answer = yield Query(task.y, level, task.conditioning)
     low, high = (torch.full_like(task.y, value) for value in task.log_variances)
     std = torch.exp(mix_log_variance(task.variance, low, high, answer.variance) / 2)
+    if isinstance(task.pixels, Continuous):
+        return row_sum(log_normal_density(answer.x_hat.double(), std, task.index))
     return row_sum(log_bin_probability(answer.x_hat.double(), std, task.index, task.pixels))
 
 

@@ -6,6 +6,7 @@ bounds.py, the solver of the ODE in ode.py, pixels and decoders in decoders.py. 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
 from pipeline.diffusion.likelihood import ode as flow
 from pipeline.diffusion.likelihood.bounds import ddim_bound, upper_log_variance, vlb, vlb_discrete
-from pipeline.diffusion.likelihood.decoders import DECODERS, DecoderTask, softmax_level
+from pipeline.diffusion.likelihood.continuous import Continuous
+from pipeline.diffusion.likelihood.decoders import DECODERS, DecoderTask, Grid, softmax_level
 from pipeline.diffusion.likelihood.estimate import (
     Likelihood,
     Variance,
@@ -107,13 +109,32 @@ def _dequantisation_variance(
     return mean_and_variance(nats)[1]
 
 
+def _density(
+    x: Tensor, process: Process, conditioning: Conditioning, trace: flow.Trace, options: dict[str, Any]
+) -> Procedure[Likelihood]:
+    """-log p of the points themselves (n, ...) at gamma_min: nothing is drawn but probes."""
+    end = yield from flow.solve(x, (process.gamma_min, process.gamma_max), conditioning, trace, **options)
+    v = process.prior_variance
+    parts = {"prior": 0.5 * row_sum(end.y**2 / v + math.log(2 * math.pi * v)), "volume": -end.log_volume}
+    spread = Variance.known(end.probe_variance)
+    return Likelihood(
+        sum_parts(parts),
+        parts,
+        {"probes": spread.value.sqrt()},
+        end.evaluations,
+        x[0].numel(),
+        solver_error=end.error,
+        freedom=spread.freedom,
+    )
+
+
 def ode(
     x: Tensor,
     process: Process,
     noise: Noise,
     conditioning: Conditioning,
     *,
-    pixels: PixelGrid,
+    pixels: Grid,
     probes: int = 1,
     trace: str = "refreshed",
     dequantisation: str = "gaussian",
@@ -131,6 +152,8 @@ def ode(
         'gaussian': log P(u) >= E_{y_0 ~ q(y_0 | x)}[ log p(y_0) + log p(u | y_0) - log q(y_0 | x) ], with `decoder`;
             the one to use for a network that has learnt the pixel lattice;
         'uniform': log P(u) >= E[ log p(x + bin (U - 1/2)) ] + D log bin.
+    With pixels CONTINUOUS x are latents: their density at gamma_min, without dequantisation or decoder; data_std about
+    0.9 suits normalised ones. Parts: 'prior', 'volume'; standard error: 'probes'.
     Parts: 'prior', 'volume', 'dequantisation', with 'gaussian' 'reconstruction', with `importance` 'importance'.
     Standard errors: 'dequantisation' (of one Gaussian draw at most that; nan for one draw and decoder 'gaussian') and
     'probes' (of one fixed probe at most that), both from gradients and products that the solve has anyway.
@@ -142,8 +165,8 @@ def ode(
     tolerance, solver ('bosh3', 'dopri5'), data_std, max_evaluations: see `pipeline.diffusion.likelihood.ode.solve`.
 
     Raises:
-        ValueError: pixels off the grid, a count below 1, the exact trace in too many dimensions, no finite number from
-            the network, `max_evaluations` used up.
+        ValueError: pixels off the grid, a count below 1, several samples of latents, the exact trace in too many
+            dimensions, no finite number from the network, `max_evaluations` used up.
     """
     check_input(x, noise, probes=probes, samples=samples, max_evaluations=max_evaluations)
     if not 0 < tolerance < 1:
@@ -153,18 +176,20 @@ def ode(
     lift = choose(DEQUANTISATIONS, dequantisation, "dequantisation")
     decode = choose(DECODERS, decoder, "decoder")
     index, x, n, dimensions = pixels.index(x), x.double(), len(x), x[0].numel()
-    rows = repeat_rows(n, samples, x)
+    rows, tracing = repeat_rows(n, samples, x), _trace(x, noise, samples, probes, trace)
+    solving: dict[str, Any] = {
+        "tolerance": tolerance,
+        "pair": solver,
+        "data_std": data_std,
+        "max_evaluations": max_evaluations,
+    }
+    if isinstance(pixels, Continuous):
+        if samples > 1 or importance:
+            raise ValueError("likelihood ode: latents are not dequantised: leave samples at 1 and importance off")
+        return (yield from _density(x, process, conditioning, tracing, solving))
     y, log_q = lift(x, samples, noise, process, pixels)
-    end = yield from flow.solve(
-        y,
-        (process.gamma_min, process.gamma_max),
-        conditioning[rows],
-        _trace(x, noise, samples, probes, trace),
-        tolerance=tolerance,
-        pair=solver,
-        data_std=data_std,
-        max_evaluations=max_evaluations,
-    )
+    ends = (process.gamma_min, process.gamma_max)
+    end = yield from flow.solve(y, ends, conditioning[rows], tracing, **solving)
     v = process.prior_variance
     parts = {
         "prior": 0.5 * row_sum(end.y**2 / v + math.log(2 * math.pi * v)),

@@ -7,10 +7,13 @@ gets traffic only after every replica has loaded and tested what it names.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from pipeline.cluster.monitoring import IngressMetrics
@@ -20,6 +23,11 @@ from pipeline.serving.refusals import Refused, unknown_model
 
 log = logging.getLogger("raydiffusion.serving")
 
+CAUSES = ("ValueError:", "FileNotFoundError:", "OSError:", "PermissionError:", "RuntimeError:", "MemoryError:")
+LOOK_S = 1.0  # between looks at the replicas while a request waits
+PATIENCE = 0.9  # share of its deadline that a request waits for a replica to start
+LATE_S = 5.0  # what a replica has beyond the deadline to say so itself
+RETRY_S = 10.0
 ATTEMPTS = 3  # replicas a request may outlive, less one
 PREPARE_TIMEOUT_S = 300.0
 
@@ -38,6 +46,8 @@ class Fleet:
         self.handle, self.config, self.tracking_uri, self.metrics = handle, config, tracking_uri, metrics
         self.pinned = {each.source: each for each in models}
         self.rejected: dict[str, dict[str, Any]] = {}  # by source: the newest version that got no traffic, and why
+        self.warnings: dict[str, str] = {}  # by source: what is amiss with it in the registry
+        self._looked: tuple[float, tuple[int, str]] = (0.0, (1, ""))  # when, and what was found
         self._watching: asyncio.Task[None] | None = None
 
     # --- what the HTTP side asks --------------------------------------------------------------------------------------
@@ -50,7 +60,7 @@ class Fleet:
     async def describe(self, model: str | None = None) -> dict[str, Any]:
         pinned = self._meant(model)
         facts = await self._ask("describe", pinned)
-        return {**facts, "rejected_version": self.rejected.get(pinned.source)}
+        return {**facts, **self._notes(pinned)}
 
     async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
         return await self._ask("generate", self._meant(fields.get("model")), _asked(fields), seed)
@@ -69,18 +79,20 @@ class Fleet:
     async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]:
         """Events in order; where a replica dies, those already sent are made again and left out."""
         pinned = self._meant(fields.get("model"))
-        sent = 0
+        sent, started = 0, time.monotonic()
         for attempt in range(ATTEMPTS):
             passed = 0
             events = self.handle.options(stream=True).stream.remote(pinned, _asked(fields), seed)
             try:
-                async for event in events:
+                event = await self._in_time(anext(aiter(events), None), started)
+                while event is not None:
                     if isinstance(event, Refused):
                         raise event
                     passed += 1
                     if passed > sent:
                         yield event
                         sent = passed
+                    event = await anext(events, None)
                 return
             except (RayActorError, ReplicaUnavailableError) as error:
                 _check_attempt(attempt, error)
@@ -90,11 +102,12 @@ class Fleet:
                 events.cancel()  # of no effect on one that has ended
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
+        started = time.monotonic()
         for attempt in range(ATTEMPTS):
             asked = getattr(self.handle, method).remote(*arguments)
             try:
-                answer = await asked
-            except asyncio.CancelledError:
+                answer = await self._in_time(asked, started)
+            except (asyncio.CancelledError, Refused):
                 asked.cancel()
                 raise
             except (RayActorError, ReplicaUnavailableError) as error:
@@ -107,6 +120,31 @@ class Fleet:
                 return answer
         raise AssertionError("the last attempt either returned or raised")
 
+    async def _in_time(self, asked: Awaitable[Any], started: float) -> Any:
+        """What a replica answers, awaited from outside so that the wait has an end: where no replica runs the refusal
+        comes at once when none can start, else before the deadline; where one runs, its own deadline speaks first."""
+        task = asyncio.ensure_future(_awaited(asked))
+        try:
+            while not (await asyncio.wait({task}, timeout=LOOK_S))[0]:
+                waited, deadline_s = time.monotonic() - started, self.config.deadline_s
+                running, cause = await self._replicas()
+                if not running and (cause or waited > PATIENCE * deadline_s):
+                    raise Refused(_no_replica(cause), 503, "not_available", retry_after_s=RETRY_S)
+                if waited > deadline_s + LATE_S:
+                    raise Refused(f"no answer within {deadline_s:g} s", 504, "deadline_exceeded")
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _replicas(self) -> tuple[int, str]:
+        """How many engine replicas run, and why the others do not start, '' where Ray Serve knows no reason. Asked of
+        its controller at most once in `LOOK_S`, whoever waits."""
+        now = time.monotonic()
+        if now - self._looked[0] >= LOOK_S:
+            self._looked = now, self._looked[1]
+            self._looked = now, await asyncio.to_thread(_engines, self.handle.app_name, self.handle.deployment_name)
+        return self._looked[1]
+
     # --- which model --------------------------------------------------------------------------------------------------
 
     def _meant(self, name: str | None) -> Pinned:
@@ -117,7 +155,10 @@ class Fleet:
         raise unknown_model(name, [each.identity.id for each in self.pinned.values()])
 
     def _entry(self, pinned: Pinned) -> dict[str, Any]:
-        return {**pinned.identity.entry(), "rejected_version": self.rejected.get(pinned.source)}
+        return {**pinned.identity.entry(), **self._notes(pinned)}
+
+    def _notes(self, pinned: Pinned) -> dict[str, Any]:
+        return {"rejected_version": self.rejected.get(pinned.source), "warning": self.warnings.get(pinned.source)}
 
     # --- following the registry ---------------------------------------------------------------------------------------
 
@@ -138,7 +179,7 @@ class Fleet:
     async def _look(self, source: str) -> None:
         """Follow `source` where it has moved; warm up replicas that have come since the last look."""
         held = self.pinned[source]
-        found = await asyncio.to_thread(pin, source, self.tracking_uri) if "@" in source else held
+        found = await self._named(source) if "@" in source else held
         if found.url == self.rejected.get(source, {}).get("url"):
             found = held
         broken = await self._prepare(found) if found != held or held is next(iter(self.pinned.values())) else None
@@ -155,6 +196,20 @@ class Fleet:
             log.error("model %s: %s gets no traffic, %s keeps it: %s", source, found.url, held.url, broken)
         self.metrics.swapped(found.identity.id, broken is None)
 
+    async def _named(self, source: str) -> Pinned:
+        """What an alias names now; where it was deleted, what it named last, and the list of models says so."""
+        held = self.pinned[source]
+        try:
+            found = await asyncio.to_thread(pin, source, self.tracking_uri)
+        except Exception as error:
+            if not _is_gone(error):
+                raise
+            self.warnings[source] = f"{source} is not in the registry any more; {held.url} stays until it is"
+            log.warning("model %s: %s", source, error)
+            return held
+        self.warnings.pop(source, None)
+        return found
+
     async def _prepare(self, pinned: Pinned) -> str | None:
         """Have every replica load and test a version; why one of them refused, or None. A replica that died is no
         verdict on the model: it is asked again at the next look."""
@@ -166,6 +221,32 @@ class Fleet:
             if isinstance(answer, Exception):
                 raise answer
         return None
+
+
+def _is_gone(error: Exception) -> bool:
+    from pipeline.tracking.registry import Gone  # imports MLflow, which an endpoint of model folders does not need
+
+    return isinstance(error, Gone)
+
+
+async def _awaited(asked: Awaitable[Any]) -> Any:
+    return await asked
+
+
+def _engines(application: str, deployment: str) -> tuple[int, str]:
+    told = serve.status().applications[application].deployments[deployment]
+    running = sum(count for state, count in told.replica_states.items() if state == ReplicaState.RUNNING)
+    return running, cause_in(told.message)
+
+
+def cause_in(message: str) -> str:
+    """The error in what Ray Serve says of replicas that do not start: the last line of a traceback, or ''."""
+    lines = [line.strip() for line in message.splitlines()]
+    return next((line for line in reversed(lines) if line.startswith(CAUSES)), "")
+
+
+def _no_replica(cause: str) -> str:
+    return f"no replica of the model is ready: {cause or 'none has started yet'}"
 
 
 def _asked(fields: Mapping[str, Any]) -> dict[str, Any]:

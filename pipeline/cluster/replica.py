@@ -8,9 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import pipeline
 from pipeline import storage
-from pipeline.cluster import monitoring
+from pipeline.cluster import monitoring, weights
 from pipeline.serving import logs
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.model_cache import ModelCache
@@ -45,6 +44,7 @@ def pin(source: str, tracking_uri: str | None) -> Pinned:
         return Pinned(source, source, Identity(name, "", digest, (source,)))
     from pipeline.tracking import registry
 
+    weights.must_exist(source, tracking_uri)
     version = registry.resolve(source, tracking_uri=tracking_uri)
     aliases = (source, source.removeprefix("models:/"), f"{version.name}/{version.version}")
     return Pinned(source, version.url, Identity(version.name, str(version.version), version.digest, aliases))
@@ -68,12 +68,11 @@ class Replica:
         """The model on this replica's device, ready to be asked."""
         import torch
 
-        pinned = self.known[url]
-        device = "cuda" if self.settings.gpus_per_replica > 0 and torch.cuda.is_available() else "cpu"
-        model = pipeline.load(url, device=device, tracking_uri=self.tracking_uri)
-        if pinned.identity.digest and model.digest != pinned.identity.digest:
-            raise ValueError(f"model {url} has the digest {model.digest}, expected {pinned.identity.digest}")
-        return Service(model, self.settings, replace(pinned.identity, digest=model.digest))
+        pinned, settings = self.known[url], self.settings
+        device = "cuda" if settings.gpus_per_replica > 0 and torch.cuda.is_available() else "cpu"
+        folder = weights.folder_of(settings.kept_models)
+        model = weights.load(url, pinned.identity.digest, device, self.tracking_uri, folder, settings.max_kept_bytes)
+        return Service(model, settings, replace(pinned.identity, digest=model.digest))
 
     @asynccontextmanager
     async def _service(self, pinned: Pinned) -> AsyncIterator[Service]:

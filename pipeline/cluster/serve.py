@@ -10,19 +10,23 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import cloudpickle, serve
 from ray.exceptions import RayActorError
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError
 
+import pipeline
 from pipeline.cluster import autoscaling, monitoring
-from pipeline.cluster.fleet import ATTEMPTS, Fleet
+from pipeline.cluster.fleet import ATTEMPTS, Fleet, cause_in
 from pipeline.cluster.replica import Pinned, Replica, pin
 from pipeline.serving import logs
-from pipeline.serving.config import ServingConfig
+from pipeline.serving.config import ServingConfig, refuse_strangers
 from pipeline.serving.ports import free_port, is_free
 from pipeline.web.app import make_app
 
@@ -45,22 +49,42 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         logs.to_stderr()
+        check_reach(self.config)
         metrics = monitoring.IngressMetrics()
         fleet = Fleet(self.engines, self.config, self.models, self.tracking_uri, metrics)
         return make_app(fleet, self.config, metrics)
 
 
+def check_reach(config: ServingConfig) -> None:
+    """Refuses an endpoint without keys where Ray Serve's proxies, however they were started, hear other machines.
+
+    Raises:
+        ValueError: says where it listens.
+    """
+    if config.key_hashes:
+        return
+    if RAY_SERVE_ENABLE_HA_PROXY:
+        raise ValueError(
+            "HAProxy stands in front (RAY_SERVE_ENABLE_HA_PROXY) and hides who asks: set serving.key_hashes"
+        )
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None and client.http_config.host is not None:
+        refuse_strangers(client.http_config.host, "http_options.host of the running Ray Serve")
+
+
 # --- deploying -------------------------------------------------------------------------------------------------------
 
 
-def application(config: ServingConfig, tracking_uri: str | None = None) -> serve.Application:
-    """The Serve application of a configuration, to run or to name in a declarative deployment.
+def application(config: ServingConfig, tracking_uri: str | None = None, root: str = "") -> serve.Application:
+    """The Serve application of a configuration, to run or to name in a declarative deployment. root: the folder that
+    relative paths count from, '' for the current one.
 
     Raises:
-        ValueError, FileNotFoundError: a model that is not there.
+        ValueError, FileNotFoundError: a model or a registry that is not there.
     """
-    tracking_uri = None if tracking_uri is None else _absolute(tracking_uri, "sqlite:///")
-    models = [pin(source, tracking_uri) for source in _sources(config)]
+    root = root or os.getcwd()
+    tracking_uri = None if tracking_uri is None else _absolute(tracking_uri, root, "sqlite:///")
+    models = [pin(source, tracking_uri) for source in _sources(config, root)]
     plain = asdict(config)
     deployment: Any = serve.deployment
     cloudpickle.register_pickle_by_value(autoscaling)  # Serve's controller need not be able to import this package
@@ -93,25 +117,44 @@ def application(config: ServingConfig, tracking_uri: str | None = None) -> serve
         max_ongoing_requests=2 * config.max_queued_requests,
         graceful_shutdown_timeout_s=config.deadline_s,
         health_check_period_s=HEALTH_CHECK_S,
+        max_constructor_retry_count=2,
     )
     return ingress.bind(plain, engines, models, tracking_uri)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application as `serve deploy` builds it from `args` of a Serve config file: `run_file`, a path or s3:// URL,
+    """The application as `serve deploy` builds it from `args` of a Serve config file: `run_file`, a path,
     and `overrides`, a list of key=value as on the command line.
     """
     from pipeline.config import load_config, with_champion
 
-    config = with_champion(load_config(args["run_file"], args.get("overrides", [])))
-    return application(config.serving, config.tracking.uri)
+    if not isinstance(args.get("run_file"), str):
+        raise ValueError("args of the Serve config file need run_file: the path of a run file")
+    root, path = _run_file(args["run_file"])
+    config = with_champion(load_config(path, args.get("overrides", [])))
+    check_reach(config.serving)
+    return application(config.serving, config.tracking.uri, root)
 
 
-def _sources(config: ServingConfig) -> list[str]:
+def _run_file(given: str) -> tuple[str, str]:
+    """The folder that relative paths of a declarative deployment count from, and the run file: the folder where Ray was
+    started if it has the file, else the checkout of this package."""
+    roots = [os.getcwd(), str(Path(pipeline.__file__).parents[1])]
+    for root in roots:
+        if os.path.isfile(path := os.path.join(root, given)):
+            return root, path
+    raise FileNotFoundError(
+        f"no run file {given} on this node: looked from {' and from '.join(roots)}; give args.run_file as an absolute "
+        "path that every node has"
+    )
+
+
+def _sources(config: ServingConfig, root: str) -> list[str]:
     """URLs of the served models, the default one first; local paths from the root: replicas have another folder."""
     if config.model is None:
         raise ValueError("serving.model names no model: give models:/NAME@alias or a model directory")
-    return [each if each.startswith("models:/") else _absolute(each) for each in (config.model, *config.more_models)]
+    named = (config.model, *config.more_models)
+    return [each if each.startswith("models:/") else _absolute(each, root) for each in named]
 
 
 def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
@@ -132,10 +175,11 @@ def deploy(config: ServingConfig, tracking_uri: str | None = None) -> str:
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     location = "HeadOnly" if not config.key_hashes else "EveryNode"
     _start(location, {"host": config.host, "port": port}, quiet)
+    check_reach(config)
     try:
         serve.run(made, name=APPLICATION, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
-        raise ValueError(f"the endpoint did not start: {_cause(error)}") from error
+        raise ValueError(f"the endpoint did not start: {cause(error)}") from error
     shown = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{shown}:{port}"
     _wait_until_answers(f"{url}/{'readyz' if config.min_replicas else 'healthz'}")
@@ -180,11 +224,11 @@ def shutdown() -> None:
     serve.shutdown()
 
 
-def _absolute(url: str, prefix: str = "") -> str:
+def _absolute(url: str, root: str, prefix: str = "") -> str:
     """A local path, also one in an sqlite: URL, from the root: replicas have another working directory."""
     if not url.startswith(prefix) or "://" in url.removeprefix(prefix):
         return url
-    return prefix + os.path.abspath(url.removeprefix(prefix))
+    return prefix + os.path.abspath(os.path.join(root, url.removeprefix(prefix)))
 
 
 def _serve_runs() -> bool:
@@ -197,13 +241,12 @@ def _serve_runs() -> bool:
     return True
 
 
-def _cause(error: RuntimeError) -> str:
+def cause(error: RuntimeError) -> str:
     """Why a deployment failed: the last line of the replica's traceback, which Serve keeps in its status."""
     application = serve.status().applications.get(APPLICATION)
     messages = [d.message for d in application.deployments.values()] if application else []
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(("ValueError:", "FileNotFoundError:", "OSError:"))]
-    return (told or lines or [str(error)])[-1]
+    return next(filter(None, map(cause_in, messages)), (lines or [str(error)])[-1])
 
 
 def _wait_until_answers(url: str) -> None:

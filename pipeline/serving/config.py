@@ -1,12 +1,12 @@
 """The serving section of the run file."""
 
-import ipaddress
 import math
 from dataclasses import dataclass
 from typing import Annotated
 
 from pipeline.choose import choose
 from pipeline.diffusion.sampling.samplers import SAMPLERS
+from pipeline.serving.ports import is_loopback
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class ServingConfig:
     ] = ()
     watch_s: Annotated[float, "seconds between looks at the registry: an alias that moved is followed"] = 10.0
     max_model_bytes: Annotated[int, "weights a replica holds; the model unused for longest goes first"] = 8 << 30
+    kept_models: Annotated[str | None, "folder of each node for verified models, by digest; null: the user's cache"] = (
+        None
+    )
+    max_kept_bytes: Annotated[int, "models kept there; the one unused for longest goes first"] = 32 << 30
     host: Annotated[str, "address to listen on; other than loopback only with key_hashes"] = "127.0.0.1"
     port: Annotated[int, "TCP port; 0 for any free one"] = 8000
     key_hashes: Annotated[tuple[str, ...], "sha256 (hex) of each accepted bearer key; empty: no key is asked"] = ()
@@ -59,6 +63,7 @@ class ServingConfig:
             "max_request_cost",
             "max_queued_cost",
             "max_model_bytes",
+            "max_kept_bytes",
             "ingress_replicas",
         ):
             if getattr(self, name) < 1:
@@ -82,14 +87,12 @@ class ServingConfig:
         choose(SAMPLERS, self.sampler, "serving.sampler")
         if any(len(key) != 64 or set(key) - set("0123456789abcdef") for key in self.key_hashes):
             raise ValueError("serving.key_hashes must be sha256 digests, 64 hex digits each, never the keys themselves")
-        if not self.key_hashes and not _is_loopback(self.host):
-            raise ValueError(
-                f"serving.host is {self.host}, which others can reach: set serving.key_hashes, or host 127.0.0.1"
-            )
+        if not self.key_hashes:
+            refuse_strangers(self.host, "serving.host")
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def refuse_strangers(host: str, key: str) -> None:
+    """Raises ValueError where an endpoint without keys would listen on an address that others can reach; `key` names
+    the setting."""
+    if not is_loopback(host):
+        raise ValueError(f"{key} is {host}, which others can reach: set serving.key_hashes, or host 127.0.0.1")

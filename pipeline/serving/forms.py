@@ -49,6 +49,24 @@ def _headers(data: bytes) -> Message:
 def _form_value(name: str, content: bytes) -> Any:
     try:
         text = content.decode("utf-8")
-        return json.loads(text) if name in ("labels", "seed", "options") else text
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RequestError(f"'{name[:64]}' cannot be read: {error}", name[:64]) from None
+        return loads(text) if name in ("labels", "seed", "options") else text
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"'{name[:64]}' cannot be read: {str(error)[:200]}", name[:64]) from None
+
+
+def loads(text: str | bytes) -> Any:
+    """JSON, each name of an object given once: of two values a reader before us may have checked the other.
+
+    Raises:
+        ValueError, RecursionError: it is not.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{twice[:64]}' is given twice")
+    return found

@@ -23,10 +23,12 @@ from pipeline.diffusion.sampling.grids import GRIDS
 from pipeline.diffusion.sampling.samplers import SAMPLERS, Sampler
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.config import ServingConfig
+from pipeline.serving.ranges import LARGEST_LATENT, out_of_range
 from pipeline.serving.refusals import RequestError
 from pipeline.serving.requests import EncodingRequest, GenerationRequest, LikelihoodOptions, OptionValue, decode_base64
 
-ADAPTIVE_EVALUATIONS = 128  # a solve's network evaluations an image where nothing bounds them; 104 measured at 1e-3
+ADAPTIVE_EVALUATIONS = 128  # a solve's network evaluations an image at a tolerance of 1e-3; 104 measured
+ORDERS = {"bosh3": 3, "dopri5": 5}  # evaluations grow as tolerance^(-1/order)
 PLAIN = (bool, int, float, str, type(None))
 NUMBERS = Sequence[float]
 LONGEST_LIST = 4096  # numbers
@@ -47,6 +49,12 @@ class GenerationPlan:
     cost: int
     init: Tensor | None = None  # uint8 (C, H, W)
     strength: float = 1.0
+
+    @property
+    def unusual(self) -> str:
+        """The field by which a request leaves what the self-test has tried, or ''."""
+        fields = {"options": self.how.options, "image": self.init is not None, "guidance": self.how.guidance != 1.0}
+        return next((name for name, given in fields.items() if given), "")
 
     def build(self, model: Model) -> Procedure[Tensor]:
         """The images as `Model.sample` makes them from the same seed: float (n, C, H, W) in model space."""
@@ -124,6 +132,9 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     if request.prompt:
         labels = _prompted(request.prompt, labels, request.n, model)
     guided = request.guidance != 1.0
+    if request.quality not in (None, "auto"):
+        message = f"there are no qualities to choose: 'steps' and 'sampler' decide, as in \"steps\": {2 * config.steps}"
+        raise RequestError(f"{message}; got '{request.quality}'", "quality")
     if guided and labels is None and model.guide is None:
         raise RequestError("guidance needs labels: without them there is nothing to guide towards", "guidance")
     evaluations = _evaluations(sampler, steps, options)
@@ -134,7 +145,7 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     init = None
     if request.image is not None:
         (data,) = decode_base64([request.image], "image")
-        init = _decoded(data, "image", "exact", model, config)
+        init = _decoded(data, "image", request.resize, model, config)
     how = Sampling(name, steps, request.grid, None, request.guidance, options, request.integer_steps)
     return GenerationPlan(request.n, labels, seed, how, evaluations, cost, init, request.strength)
 
@@ -195,12 +206,17 @@ def _latent(data: bytes, index: int, model: Model) -> Tensor:
     latent = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(model.config.shape)
     if not bool(torch.isfinite(latent).all()):
         raise RequestError(f"latents[{index}] has values that are not finite", "latents")
+    if float(latent.abs().max()) > LARGEST_LATENT:
+        got = f"{float(latent.abs().max()):.3g}"
+        raise RequestError(
+            f"latents[{index}]: values are near N(0, 1), at most {LARGEST_LATENT:g}; got {got}", "latents"
+        )
     return latent
 
 
 def _evaluations(sampler: Sampler, steps: int, options: Mapping[str, Any]) -> int:
     """Expected network evaluations of a row."""
-    return int(sampler.evaluations(steps, **{k: v for k, v in options.items() if isinstance(v, int)}))
+    return max(1, int(sampler.evaluations(steps, **options)))
 
 
 def plan_likelihood(
@@ -231,9 +247,18 @@ def plan_likelihood(
 def _decoded(data: bytes, name: str, policy: str, model: Model, config: ServingConfig) -> Tensor:
     limits = headers.Limits(bytes=config.max_request_bytes, pixels=config.max_image_pixels)
     try:
-        pixels = fit.fit(codecs.decode(data, model.config.channels, limits), model.config.size, policy)
+        pixels = codecs.decode(data, model.config.channels, limits)
     except ValueError as error:
         raise RequestError(f"{name}: {error}", name.partition("[")[0]) from None
+    side = model.config.size
+    if policy == "exact" and pixels.shape[:2] != (side, side):
+        got = f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise RequestError(
+            f"{name}: this model takes images of {side} x {side} pixels, got {got}; "
+            '"resize": "centre-crop" shrinks and crops it, "squash" shrinks it alone',
+            "resize",
+        )
+    pixels = fit.fit(pixels, side, policy)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -284,6 +309,8 @@ def _checked_options(
         if not _fits(value, kinds):
             wanted = " or ".join(_KIND_NAMES.get(k, k.__name__) for k in kinds)
             raise RequestError(f"option '{name}' of {kind} must be {wanted}, got {str(value)[:64]!r}", name)
+        if (allowed := out_of_range(name, value, whole=int in kinds and float not in kinds)) is not None:
+            raise RequestError(f"option '{name}' of {kind} must be {allowed}, got {str(value)[:64]}", name)
         checked[name] = float(value) if isinstance(value, int) and int not in kinds and bool not in kinds else value
     return checked
 
@@ -298,7 +325,9 @@ def scoring_evaluations(options: Mapping[str, Any], dimensions: int) -> int:
         if isinstance(count, int):
             return max(1, count) + max(0, int(options.get("decoder_draws", 0)))
     products = dimensions if options.get("trace") == "exact" else max(1, int(options.get("probes", 1)))
-    return ADAPTIVE_EVALUATIONS * (1 + PRODUCT_COST * products) * max(1, int(options.get("samples", 1)))
+    finer = (1e-3 / float(options.get("tolerance", 1e-3))) ** (1 / ORDERS.get(options.get("solver", ""), 3))
+    solve = math.ceil(ADAPTIVE_EVALUATIONS * max(1.0, finer))
+    return solve * (1 + PRODUCT_COST * products) * max(1, int(options.get("samples", 1)))
 
 
 def _check_cost(
@@ -344,13 +373,26 @@ def _prompted(prompt: str, labels: tuple[int, ...] | None, n: int, model: Model)
     names = class_names(model)
     if not names:
         raise RequestError("this model has no classes: leave the prompt empty", "prompt")
-    wanted = prompt.strip()
-    if wanted not in names and not (wanted.isascii() and wanted.isdigit() and int(wanted) < len(names)):
+    label = _class_of(prompt, names)
+    if label is None:
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         raise RequestError(f"the prompt must be the name or number of a class ({shown}), or empty", "prompt")
-    label = names.index(wanted) if wanted in names else int(wanted)
     if labels is not None and any(each != label for each in labels):
         raise RequestError(
             f"prompt asks for class {label} and labels for {list(labels)[:8]}: give one of them", "labels"
         )
     return (label,) * n
+
+
+def _class_of(prompt: str, names: Sequence[str]) -> int | None:
+    """The class that a prompt names: as it stands, or but for case and outer spaces where that is one class alone, or
+    by number."""
+    wanted = prompt.strip()
+    for same in (lambda name: name == prompt, lambda name: name.strip() == wanted):
+        if found := [index for index, name in enumerate(names) if same(name)]:
+            return found[0]
+    found = [index for index, name in enumerate(names) if name.strip().casefold() == wanted.casefold()]
+    if len(found) == 1:
+        return found[0]
+    number = wanted.isascii() and wanted.isdigit() and len(wanted) <= 9
+    return int(wanted) if number and int(wanted) < len(names) else None

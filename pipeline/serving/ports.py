@@ -1,5 +1,6 @@
-"""TCP ports of this machine."""
+"""Addresses and TCP ports of this machine."""
 
+import ipaddress
 import socket
 
 
@@ -19,3 +20,14 @@ def is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this name or address is one that this machine alone can reach: no other name than localhost is believed,
+    since what a name stands for may change."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return host.lower() == "localhost"
+    mapped = getattr(address, "ipv4_mapped", None)  # a socket that listens on IPv6 shows 127.0.0.1 as ::ffff:127.0.0.1
+    return (address if mapped is None else mapped).is_loopback

@@ -23,7 +23,12 @@ class Refused(Exception):
         """The one error schema of every endpoint, that of the OpenAI API."""
         kinds = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
         kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": _text(self.message), "type": kind, "param": _text(self.param), "code": self.code}}
+
+
+def _text(said: str | None) -> str | None:
+    """What a request gave and its refusal repeats, as UTF-8 can carry it: JSON lets a lone surrogate in."""
+    return None if said is None else said.encode("utf-8", "backslashreplace").decode()
 
 
 class RequestError(Refused, ValueError):

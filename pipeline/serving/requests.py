@@ -32,7 +32,7 @@ class GenerationRequest(Body):
     size: str | None = Field(None, max_length=16, description="'auto' or the model's own WIDTHxHEIGHT")
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
-    quality: Literal["auto"] | None = None
+    quality: str | None = Field(None, max_length=16, description="'auto'; steps and sampler decide")
     user: str | None = Field(None, max_length=256, description="accepted and ignored")
     stream: bool | None = Field(None, description="answer with server-sent events: previews of x_hat, then the images")
     partial_images: int | None = Field(None, ge=0, le=1000, description="previews in a stream; default: up to 16")
@@ -43,6 +43,9 @@ class GenerationRequest(Body):
     integer_steps: bool = Field(False, description="ask at steps of the schedule's table alone, the nearest ones")
     guidance: float = Field(1.0, ge=0, le=100, description="guidance scale; 1: the model itself")
     image: str | None = Field(None, description="base64 of a jpg, png or webp of the model's size to start from")
+    resize: Literal["exact", "centre-crop", "squash"] = Field(
+        "exact", description="what to do with an image of another size"
+    )
     strength: float = Field(0.6, gt=0, le=1, description="with image: the share of the steps that is taken from it")
     seed: Seed | None = Field(None, description="the images depend on it alone; default: drawn and returned")
     eta: float | None = Field(None, ge=0, description="the sampler's option of this name")

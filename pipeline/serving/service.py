@@ -5,8 +5,9 @@ Device work happens in the engine's thread and encoding in a pool, so an event l
 
 import asyncio
 import base64
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ from pipeline.serving.plans import (
     plan_generation,
     plan_likelihood,
 )
-from pipeline.serving.refusals import unknown_model
+from pipeline.serving.refusals import RequestError, unknown_model
 from pipeline.serving.requests import EncodingRequest, GenerationRequest, LikelihoodOptions, parse_body
 from pipeline.serving.self_test import self_test
 
@@ -121,7 +122,7 @@ class Service:
             "encoders": list(ENCODERS),
             "estimators": {name: {"options": _options(estimator)} for name, estimator in ESTIMATORS.items()},
             "grids": list(GRIDS),
-            "guided": self.model.guide is not None or self.model.card.get("label_dropout") != 0,
+            "guided": self._guided(),
             "bytes": self.bytes,
             "defaults": {"sampler": self.config.sampler, "steps": self.config.steps},
             "limits": {"images": self.config.max_images, "steps": self.config.max_steps},
@@ -129,6 +130,12 @@ class Service:
             "self_test": asdict(self.self_test),
             "card": {name: value for name, value in self.model.card.items() if name != HELD_OUT},
         }
+
+    def _guided(self) -> str | None:
+        """What guidance needs: nothing, by a weaker network ("always"), or a class; None where the model refuses it."""
+        if self.model.guide is not None:
+            return "always"
+        return "by class" if self.model.config.classes and self.model.card.get("label_dropout") != 0 else None
 
     # --- generation -----------------------------------------------------------------------------------------------
 
@@ -139,8 +146,9 @@ class Service:
             RequestError: what the request may not ask. EngineBusy, EngineClosed, DeadlineExceeded, NotFinite.
         """
         plan = await self._planned(fields, seed)
-        outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
-        return await asyncio.to_thread(self._generated, plan, outcome)
+        with _whose(plan.unusual):
+            outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
+            return await asyncio.to_thread(self._generated, plan, outcome)
 
     async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]:
         """The same as events: previews of x_hat as they come, then the whole answer. Closing it cancels the request."""
@@ -163,7 +171,8 @@ class Service:
                 event = await asyncio.to_thread(self._previewed, plan, progress)
                 yield {**event, "partial_image_index": shown}
                 shown += 1
-            body = await asyncio.to_thread(self._generated, plan, await task)
+            with _whose(plan.unusual):
+                body = await asyncio.to_thread(self._generated, plan, await task)
             event = {**self._event("image_generation.completed"), "b64_json": body["data"][0]["b64_json"], **body}
             yield {**event, "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}}
         finally:
@@ -209,7 +218,8 @@ class Service:
             RequestError and the engine's errors, as `generate`.
         """
         plan = await asyncio.to_thread(self._plan_likelihood, fields, encoded, seed)
-        outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
+        with _whose("options" if plan.how.options else ""):
+            outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
         labels = plan.labels or (-1,) * plan.n
         held_out = [self._peers(plan.how.estimator, label) for label in labels]
         data = [
@@ -233,9 +243,10 @@ class Service:
             RequestError and the engine's errors, as `generate`.
         """
         plan = await asyncio.to_thread(self._plan_encode, fields)
-        outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
-        if not bool(torch.isfinite(outcome.value).all()):
-            raise NotFinite("the solver came to a value that is not finite")
+        with _whose("latents" if plan.pixels is None else "images"):
+            outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
+            if not bool(torch.isfinite(outcome.value).all()):
+                raise NotFinite("the solver came to a value that is not finite")
         if plan.pixels is None:
             made = [{"b64_json": encoded} for encoded in await asyncio.to_thread(_encoded, outcome.value)]
         else:
@@ -309,6 +320,17 @@ class Service:
             "queued_s": round(outcome.queued_s, 6),
             "run_s": round(outcome.run_s, 6),
         }
+
+
+@contextlib.contextmanager
+def _whose(field: str) -> Iterator[None]:
+    """A model that passed its self-test and comes to NaN by what a request chose, in `field`: the request's fault."""
+    try:
+        yield
+    except NotFinite as error:
+        if not field:
+            raise
+        raise RequestError(f"{error}: choose less extreme {field}", field, code="not_finite") from error
 
 
 def _encoded(x: Tensor) -> list[str]:

@@ -25,6 +25,9 @@ from pipeline.tracking.client import connect
 FILES = (*models.FILES, "digests.json")
 
 
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second of an alias that nothing has
+
+
 @dataclass(frozen=True)
 class Version:
     """A registered version. digest: the model's (see `pipeline.model.load`); run_id: the training run, or ''."""
@@ -69,6 +72,10 @@ def register(
     return version
 
 
+class Gone(ValueError):
+    """The registry answers and has no such model, version or alias."""
+
+
 def resolve(url: str, *, tracking_uri: str | None = None) -> Version:
     """The version that `models:/NAME@alias` or `models:/NAME/VERSION` names.
 
@@ -87,7 +94,8 @@ def resolve(url: str, *, tracking_uri: str | None = None) -> Version:
                 raise ValueError(f"'{url}' is not models:/NAME@alias or models:/NAME/VERSION")
             found = client.get_model_version(name, number)
     except MlflowException as error:
-        raise ValueError(f"no model {url} in the registry at {client.tracking_uri}: {error.message}") from error
+        kind = Gone if error.error_code in NOT_THERE else ValueError
+        raise kind(f"no model {url} in the registry at {client.tracking_uri}: {error.message}") from error
     return Version(found.name, int(found.version), (found.tags or {}).get("digest", ""), found.run_id or "")
 
 

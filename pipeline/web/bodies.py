@@ -1,12 +1,12 @@
 """Bodies: read within a limit of bytes and time, and as JSON whose names are given once."""
 
 import asyncio
-import json
 from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from pipeline.serving.forms import loads
 from pipeline.serving.refusals import RequestError
 
 BODY_TIMEOUT_S = 30.0
@@ -36,22 +36,12 @@ async def read_body(request: Request, limit: int) -> bytes:
 def as_json(body: bytes) -> dict[str, Any]:
     """Raises RequestError for anything but one JSON object."""
     try:
-        value = json.loads(body, object_pairs_hook=_once)
+        value = loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {str(error)[:200]}", code="malformed_body") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, got {type(value).__name__}", code="malformed_body")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object each of whose names is given once: of two values a reader before us may have checked the other."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"'{twice[:64]}' is given twice")
-    return found
 
 
 def media_type(request: Request) -> str:

@@ -25,12 +25,19 @@ async def on_refused(request: Request, error: Exception) -> Response:
     return error_response(refused(error), request.state.trace_id)
 
 
+_FROM_A_PICTURE = (
+    "not offered; POST /v1/images/generations starts from a picture by its 'image' (base64) and 'strength', with the "
+    "openai client images.generate(prompt='', extra_body={'image': ..., 'strength': 0.6})"
+)
+INSTEAD = {"/v1/images/edits": _FROM_A_PICTURE, "/v1/images/variations": _FROM_A_PICTURE}
+
+
 async def on_http(request: Request, error: Exception) -> Response:
     """A handler of FastAPI: those of its own, no route or another method."""
     if not isinstance(error, HTTPException):
         raise error
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    message = f"{request.method} {request.url.path[:200]}: {INSTEAD.get(request.url.path, error.detail)}"
     response = error_response(Refused(message, error.status_code, code), request.state.trace_id)
     response.headers.update(error.headers or {})
     return response

@@ -36,7 +36,7 @@ class Gateway:
 
     def __init__(self, backend: Backend, config: ServingConfig, metrics: Metrics | None) -> None:
         self.backend, self.config, self.metrics = backend, config, metrics
-        self.quotas = RateLimits(config.key_quota / config.ingress_replicas)
+        self.quotas = RateLimits(config.key_quota, config.ingress_replicas)
 
     async def charge(self, request: Request, method: str, *arguments: Any) -> None:
         """Raises Refused where the key's quota is spent."""

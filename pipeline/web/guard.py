@@ -15,10 +15,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.refusals import Refused
 from pipeline.web.errors import error_response
+from pipeline.web.peers import stranger
 
 log = logging.getLogger("raydiffusion.serving")
 
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+PROBES = ("/healthz", "/readyz")
 TRACE_ID = re.compile(r"^[A-Za-z0-9_.\-]{1,64}$")
 
 
@@ -44,7 +45,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         trace = given if TRACE_ID.match(given) else secrets.token_hex(16)
         state = scope.setdefault("state", {})
-        state.update(trace_id=trace, key="", lineage={})
+        state.update(trace_id=trace, key="", trusted=False, lineage={})
         started, status = time.perf_counter(), 499  # what it stays where the client leaves before the answer
 
         async def send_traced(message: Any) -> None:
@@ -55,7 +56,7 @@ class Guard:
             await send(message)
 
         try:
-            if (no := self._refusal(scope["path"], headers, state)) is None:
+            if (no := self._refusal(scope, headers, state)) is None:
                 await self.app(scope, receive, send_traced)
             else:
                 await error_response(no, trace)(scope, receive, send_traced)
@@ -70,17 +71,21 @@ class Guard:
         fields = {"trace_id": state["trace_id"], "route": route, "status": status, "seconds": round(seconds, 6)}
         log.info("request", extra={"fields": {"method": scope["method"], **fields, **state["lineage"]}})
 
-    def _refusal(self, path: str, headers: Mapping[str, str], state: dict[str, Any]) -> Refused | None:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        name = host.rsplit(":", 1)[0] if re.search(r":\d+$", host) else host
-        if not self.config.key_hashes and name not in LOOPBACK_HOSTS:  # a page that rebinds its name to this machine
-            return Refused(f"host '{name[:64]}' is not served", 403, "forbidden")
-        if origin is not None and origin.partition("://")[2] != host:
+    def _refusal(self, scope: Scope, headers: Mapping[str, str], state: dict[str, Any]) -> Refused | None:
+        """Why the request gets no further. Probes do whoever sends them; what they are told depends on `trusted`."""
+        origin, keyed = headers.get("origin"), bool(self.config.key_hashes)
+        wrong = stranger(scope.get("client"), headers)
+        elsewhere = origin is not None and origin.partition("://")[2] != headers.get("host", "")
+        state["key"] = self._key(headers.get("authorization", "")) if keyed else ""
+        state["trusted"] = not elsewhere and (wrong is None or bool(state["key"]))
+        if scope["path"] in PROBES and scope["method"] in ("GET", "HEAD"):
+            return None
+        if wrong is not None and not keyed:
+            return Refused(wrong, 403, "forbidden")
+        if elsewhere:
             return Refused("requests from other sites' pages are refused", 403, "forbidden")
-        if path.startswith("/v1/") and self.config.key_hashes:
-            state["key"] = self._key(headers.get("authorization", ""))
-            if not state["key"]:
-                return Refused("a valid key is needed: Authorization: Bearer KEY", 401, "invalid_api_key")
+        if scope["path"].startswith("/v1/") and keyed and not state["key"]:
+            return Refused("a valid key is needed: Authorization: Bearer KEY", 401, "invalid_api_key")
         return None
 
     def _key(self, authorization: str) -> str:

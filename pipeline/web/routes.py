@@ -1,15 +1,17 @@
 """The routes: the page, health, models, and the three that ask a model."""
 
+import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from pipeline.serving.forms import parse_form
-from pipeline.serving.refusals import RequestError
+from pipeline.serving.refusals import Refused, RequestError
 from pipeline.serving.requests import (
     LARGEST_SEED,
     Asked,
@@ -21,10 +23,13 @@ from pipeline.serving.requests import (
     parse_body,
 )
 from pipeline.web.bodies import as_json, media_type, needs, read_body
-from pipeline.web.errors import ERRORS, refusing
+from pipeline.web.errors import ERRORS, error_response, refusing
 from pipeline.web.events import EventStream, last_event, sent_events, unseen
 from pipeline.web.gateway import Backend, Gateway
 
+log = logging.getLogger("raydiffusion.serving")
+
+READY_S = 5.0  # a probe has little patience
 PAGE = {  # route: file of the page folder, its media type
     "/": ("index.html", "text/html"),
     "/app.js": ("app.js", "text/javascript"),
@@ -55,30 +60,43 @@ def add_page(app: FastAPI) -> None:
 
 
 def add_health(app: FastAPI, backend: Backend) -> None:
-    """For what watches: alive, and ready."""
+    """For what watches: alive, and ready. Anybody may ask and gets the status alone; a key or this machine the rest."""
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="The HTTP side answers")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
+    async def healthz(request: Request) -> Response:
+        return JSONResponse({"status": "ok"}) if request.state.trusted else Response()
 
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="A replica is warmed up and has passed its self-test", responses=ERRORS)
-    async def readyz(request: Request) -> dict[str, Any]:
-        with refusing(request):
-            facts = await backend.describe()
-        return {"status": "ready", "model": facts["id"], "self_test": facts["self_test"]}
+    async def readyz(request: Request) -> Response:
+        try:
+            with refusing(request):
+                facts = await _within(READY_S, backend.describe())
+        except Refused as no:
+            log.warning("trace %s: not ready: %s", request.state.trace_id, no)
+            no.status = 503
+            return error_response(no, request.state.trace_id) if request.state.trusted else Response(status_code=503)
+        ready = {"status": "ready", "model": facts["id"], "self_test": facts["self_test"]}
+        return JSONResponse(ready) if request.state.trusted else Response()
+
+
+async def _within(seconds: float, facts: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return await asyncio.wait_for(facts, seconds)
+    except TimeoutError:
+        raise Refused(f"no replica answers within {seconds:g} s", 503, "not_available", retry_after_s=seconds) from None
 
 
 def add_models(app: FastAPI, backend: Backend) -> None:
     """What is served."""
-    listed = ("id", "object", "created", "owned_by", "version", "digest", "aliases")
+    listed = ("id", "object", "created", "owned_by", "version", "digest", "aliases", "warning")
 
     @app.get("/v1/models", summary="The served models", responses=ERRORS)
     async def models(request: Request) -> dict[str, Any]:
         with refusing(request):
             found = await backend.models()
-        return {"object": "list", "data": [{name: each[name] for name in listed} for each in found]}
+        return {"object": "list", "data": [{name: each.get(name) for name in listed} for each in found]}
 
     @app.get("/v1/models/{model_id:path}", summary="A model: its card, samplers, estimators, limits", responses=ERRORS)
     async def model(request: Request, model_id: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": QUIET["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"],
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": QUIET["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"],
     "OMP_NUM_THREADS": "1",
     "RAY_worker_niceness": "0",  # else a busy machine starves the workers
 }
@@ -71,8 +72,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 
 
 @pytest.fixture(scope="session")
-def serving_config() -> ServingConfig:
+def serving_config(tmp_path_factory: pytest.TempPathFactory) -> ServingConfig:
     return ServingConfig(
+        kept_models=str(tmp_path_factory.mktemp("kept")),
         model="models:/digits@champion",
         port=free_port("127.0.0.1"),
         watch_s=0.3,

@@ -112,6 +112,17 @@ def test_a_closed_connection_ends_its_work(endpoint: str, stream: bool) -> None:
     assert status()["load"]["live"] == 0  # counted when it was over
 
 
+def test_the_gate_stands_in_the_proxy(endpoint: str) -> None:
+    host, _, port = endpoint.removeprefix("http://").partition(":")
+    head = f"POST {GENERATE} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n".encode()
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head + b"x-request-id: \xff\r\ncontent-length: 12\r\n\r\n" + b'{"steps": 2}')
+        assert connection.recv(12) == b"HTTP/1.1 400"  # Ray's own proxy fails: 500
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head)
+        assert connection.recv(12) == b""  # a header that does not end
+
+
 def test_a_request_outlives_its_replica(client: httpx.Client) -> None:
     fields = {"n": 2, "seed": 9, "steps": 400, "sampler": "ddim"}
     expected = client.post(GENERATE, json=fields).json()["data"]
@@ -133,13 +144,36 @@ def test_a_missing_model_is_told_in_one_line(endpoint: str) -> None:
         serve.deploy(ServingConfig(model="/nowhere/at/all", port=0))
 
 
-def test_replicas_get_paths_that_hold_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_replicas_get_paths_that_hold_anywhere(tmp_path: Path) -> None:
+    serve, root = import_serve(), str(tmp_path)
+    assert serve._absolute("runs/model", root) == f"{root}/runs/model"
+    assert serve._absolute("s3://bucket/model", root) == "s3://bucket/model"
+    assert (
+        serve._absolute("sqlite:///artifacts/mlflow.db", root, "sqlite:///") == f"sqlite:///{root}/artifacts/mlflow.db"
+    )
+    assert serve._absolute("http://mlflow:5000", root, "sqlite:///") == "http://mlflow:5000"
+
+
+def test_a_declarative_deployment_says_at_once_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve = import_serve()
     monkeypatch.chdir(tmp_path)
-    assert serve._absolute("runs/model") == f"{tmp_path}/runs/model"
-    assert serve._absolute("s3://bucket/model") == "s3://bucket/model"
-    assert serve._absolute("sqlite:///artifacts/mlflow.db", "sqlite:///") == f"sqlite:///{tmp_path}/artifacts/mlflow.db"
-    assert serve._absolute("http://mlflow:5000", "sqlite:///") == "http://mlflow:5000"
+    started = time.monotonic()
+    for args, told in (
+        ({}, "args of the Serve config file need run_file"),
+        ({"run_file": "mine.yaml"}, f"no run file mine.yaml on this node: looked from {tmp_path} and from /"),
+        (
+            {"run_file": "jobs/configs/digits.yaml", "overrides": ["tracking.uri=sqlite:///not/here.db"]},
+            r"no registry at /.*/not/here\.db \(tracking\.uri\), so no model models:/.*@champion: train and register",
+        ),
+        (
+            {"run_file": "jobs/configs/digits.yaml", "overrides": ["serving.model=nowhere/at/all"]},
+            "no committed model at /.*/nowhere/at/all",
+        ),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=told):
+            serve.build(args)
+    assert time.monotonic() - started < 5
+    assert not list(tmp_path.iterdir())  # no empty database left behind
 
 
 def test_a_registered_model_is_pinned_to_its_version(registry: Registry) -> None:

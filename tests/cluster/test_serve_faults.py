@@ -141,6 +141,24 @@ def test_a_broken_candidate_gets_no_traffic_and_is_reported(endpoint: str, regis
     assert not traffic.wrong
 
 
+def test_a_deleted_alias_is_told_and_its_version_stays(endpoint: str, registry: Registry) -> None:
+    def warning() -> Any:
+        (entry,) = httpx.get(f"{endpoint}/v1/models", timeout=60).json()["data"]
+        return entry["warning"]
+
+    assert warning() is None
+    registry.client.delete_registered_model_alias("digits", "champion")
+    try:
+        until(lambda: warning() is not None)
+        assert (
+            warning() == "models:/digits@champion is not in the registry any more; models:/digits/1 stays until it is"
+        )
+        httpx.post(f"{endpoint}{GENERATE}", json=FIELDS, timeout=60).raise_for_status()
+    finally:
+        registry.point(1)
+    until(lambda: warning() is None)
+
+
 @pytest.mark.parametrize("times", [5, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_client_that_leaves_is_noticed_at_once(endpoint: str, times: int) -> None:
     from ray.serve import get_deployment_handle
@@ -174,6 +192,41 @@ def test_a_client_that_leaves_is_noticed_at_once(endpoint: str, times: int) -> N
     told.sort()
     at_99 = told[min(len(told) - 1, int(0.99 * len(told)))]
     print(f"{times} of {times} cancelled; close to told (with asking): p50 {told[times // 2]:.3f} s, p99 {at_99:.3f} s")
+
+
+def test_a_replica_comes_back_without_the_registry_and_where_none_can_the_reason_is_told(
+    endpoint: str, registry: Registry, serving_config: ServingConfig
+) -> None:
+    """The registry's files away: one death is outlived by the weights kept on the node. Those away as well: 503 with
+    the reason, soon, for requests, streams and probes."""
+    folder, fields = Path(registry.uri.removeprefix("sqlite:///")).parent, {**FIELDS, "seed": 3}
+    away, kept = folder.with_name("away"), Path(serving_config.kept_models or "")
+    expected = httpx.post(f"{endpoint}{GENERATE}", json=fields, timeout=60).json()["data"]
+    folder.rename(away)
+    try:
+        (before,) = processes()
+        os.kill(before, signal.SIGKILL)
+        assert httpx.post(f"{endpoint}{GENERATE}", json=fields, timeout=120).json()["data"] == expected
+        until(lambda: processes() not in (set(), {before}), PATIENCE_S)
+        kept.rename(kept.with_name("kept-away"))
+        os.kill(min(processes()), signal.SIGKILL)
+        told: list[float] = []
+        for path, body in ((GENERATE, fields), (GENERATE, {**fields, "stream": True}), ("/readyz", None)):
+            started = time.monotonic()
+            method = "GET" if body is None else "POST"
+            answer = httpx.request(method, f"{endpoint}{path}", json=body, timeout=serving_config.deadline_s)
+            told.append(time.monotonic() - started)
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "no replica" in answer.json()["error"]["message"]
+        print(f"told after {', '.join(f'{each:.1f}' for each in told)} s: {answer.text}")
+    finally:
+        assert not folder.exists(), "an empty registry was made"
+        away.rename(folder)
+        if not kept.exists():
+            kept.with_name("kept-away").rename(kept)
+    until(lambda: httpx.get(f"{endpoint}/readyz", timeout=60).status_code == 200, PATIENCE_S)
+    assert httpx.post(f"{endpoint}{GENERATE}", json=fields, timeout=120).json()["data"] == expected
 
 
 def test_prometheus_finds_every_metric_that_the_dashboard_shows(endpoint: str) -> None:

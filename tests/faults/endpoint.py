@@ -34,12 +34,10 @@ class Endpoint:
 
 
 @contextmanager
-def serving(model: Model, config: ServingConfig) -> Iterator[Endpoint]:
+def serving(model: Model, config: ServingConfig, host: str = "127.0.0.1") -> Iterator[Endpoint]:
     service = Service(model, config, Identity("tiny", "1", model.digest))
-    port = free_port("127.0.0.1")
-    options = uvicorn.Config(
-        make_app(service, config), host="127.0.0.1", port=port, log_level="critical", lifespan="off"
-    )
+    port = free_port(host)
+    options = uvicorn.Config(make_app(service, config), host=host, port=port, log_level="critical", lifespan="off")
     server = uvicorn.Server(options)
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()

@@ -15,7 +15,7 @@ MOST_IMAGES, MOST_BYTES = 16, 200_000  # of the endpoint that is asked
 
 @dataclass(frozen=True)
 class Hostile:
-    """One request. raw: the whole of it as bytes on the wire, in place of the rest."""
+    """One request. raw: the whole of it as bytes on the wire, in place of the rest; fair: it may have an answer."""
 
     name: str
     path: str = GENERATE
@@ -23,6 +23,7 @@ class Hostile:
     method: str = "POST"
     headers: dict[str, str] = field(default_factory=lambda: {"content-type": JSON_TYPE})
     raw: bytes | None = None
+    fair: bool = False
 
 
 # --- a wrong value in each field -------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Hostile requests against the HTTP application: each is refused by the error schema, none harms the next."""
 
 import asyncio
+import base64
+import json
+import re
 import socket
 import threading
 import time
@@ -15,10 +18,13 @@ import pytest
 from pipeline.model import Model, load
 from pipeline.serving.config import ServingConfig
 from tests.faults.endpoint import Endpoint, serving
-from tests.faults.hostile_requests import GENERATE, MOST_BYTES, MOST_IMAGES, Hostile, all_requests
+from tests.faults.hostile_numbers import all_numbers
+from tests.faults.hostile_requests import ENCODE, GENERATE, JSON_TYPE, MOST_BYTES, MOST_IMAGES, Hostile, all_requests
 from tests.serving.tiny import save_tiny
 
-ANSWER_S = 20.0  # the longest that a refusal may take, on a busy machine
+ANSWER_S = 60.0  # the longest that an answer may take, on a busy machine
+DEADLINE_S = 60.0
+MOST_COST = 500 * 64  # of a request: evaluations x pixels
 MEMORY_BYTES = 150 << 20
 FAIR = {"n": 2, "steps": 4, "seed": 1, "labels": 3}
 
@@ -33,7 +39,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def endpoint(model: Model) -> Iterator[Endpoint]:
     config = ServingConfig(
-        model="tiny", max_images=MOST_IMAGES, max_steps=64, max_request_bytes=MOST_BYTES, max_image_pixels=1_000_000
+        model="tiny",
+        max_images=MOST_IMAGES,
+        max_steps=64,
+        max_request_bytes=MOST_BYTES,
+        max_image_pixels=1_000_000,
+        deadline_s=DEADLINE_S,
+        max_request_cost=MOST_COST,
     )
     with serving(model, config) as made:
         yield made
@@ -69,25 +81,30 @@ def wrong_with(answer: httpx.Response) -> str | None:
 
 async def refused(client: httpx.AsyncClient, hostile: Hostile) -> str | None:
     request = client.build_request(hostile.method, hostile.path, content=hostile.body, headers=hostile.headers)
+    started = time.monotonic()
     try:
-        return wrong_with(await client.send(request))
+        answer = await client.send(request)
     except httpx.HTTPError as error:
         return f"no answer: {error!r}"
+    if (seconds := time.monotonic() - started) > ANSWER_S:
+        return f"answered after {seconds:.1f} s"
+    return None if hostile.fair and answer.status_code == 200 else wrong_with(answer)
 
 
-def on_the_wire(endpoint: Endpoint, raw: bytes) -> str | None:
-    """The bytes as they are, then the end of the connection: 4xx or no answer at all."""
+def on_the_wire(endpoint: Endpoint, raw: bytes, fair: bool) -> str | None:
+    """The bytes as they are, then the end of the connection: 4xx or no answer at all, or where it is fair 200."""
     with socket.create_connection((endpoint.host, endpoint.port), timeout=ANSWER_S) as connection:
         try:
             connection.sendall(raw)
-            connection.shutdown(socket.SHUT_WR)
+            if not fair:  # the end of what it sends is a client that leaves
+                connection.shutdown(socket.SHUT_WR)
             told = connection.recv(4096)
         except (ConnectionError, BrokenPipeError):
             return None  # the server closed it
         except TimeoutError:
             return "neither an answer nor the end of the connection"
     status = told[9:12]
-    return None if not told or status[:1] == b"4" else f"answered {told[:200]!r}"
+    return None if not told or status[:1] == b"4" or (fair and status == b"200") else f"answered {told[:200]!r}"
 
 
 def attack(endpoint: Endpoint, requests: list[Hostile]) -> dict[str, str]:
@@ -100,7 +117,7 @@ def attack(endpoint: Endpoint, requests: list[Hostile]) -> dict[str, str]:
             async def one(hostile: Hostile) -> tuple[str, str | None]:
                 async with places:
                     if hostile.raw is not None:
-                        return hostile.name, await asyncio.to_thread(on_the_wire, endpoint, hostile.raw)
+                        return hostile.name, await asyncio.to_thread(on_the_wire, endpoint, hostile.raw, hostile.fair)
                     return hostile.name, await refused(client, hostile)
 
             return {name: wrong for name, wrong in await asyncio.gather(*map(one, requests)) if wrong is not None}
@@ -132,6 +149,38 @@ def test_every_hostile_request_is_refused(endpoint: Endpoint) -> None:
     repeated = [name for name, count in Counter(each.name for each in requests).items() if count > 1]
     assert not repeated
     check(endpoint, requests)
+
+
+def test_numbers_at_their_extremes_come_to_no_5xx(endpoint: Endpoint) -> None:
+    requests = all_numbers()[::11]
+    assert len(requests) >= 100
+    check(endpoint, requests)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_number_at_its_extremes_comes_to_no_5xx(endpoint: Endpoint) -> None:
+    requests = all_numbers()
+    assert len(requests) >= 1000
+    assert len({each.name for each in requests}) == len(requests)
+    check(endpoint, requests)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        (GENERATE, {"sampler": "ddim", "eta": 1e308}, r"'eta' of sampler 'ddim' must be between 0 and 10, got 1e\+308"),
+        (GENERATE, {"sampler": "adaptive", "options": {"tolerance": 1e-30}}, "'tolerance' .* between 1e-05 and 1"),
+        (GENERATE, {"options": {"\ud800": 1}}, r"option.*\\ud800"),
+        (ENCODE, {"latents": [base64.b64encode(b"\xff\xff\x7f\x7f" * 64).decode()]}, r"at most 1000; got 3\.4e\+38"),
+    ],
+)  # fmt: skip
+def test_what_the_mathematics_cannot_bear_is_refused_by_name(
+    endpoint: Endpoint, path: str, body: dict[str, Any], told: str
+) -> None:
+    answer = httpx.post(f"{endpoint.url}{path}", content=json.dumps(body), headers={"content-type": JSON_TYPE})
+    assert answer.status_code == 400
+    assert re.search(told, answer.json()["error"]["message"]), answer.text
 
 
 def test_slow_clients_hold_up_nobody(endpoint: Endpoint) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pipeline.diffusion.procedure import Procedure, Query, drive
 from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import Model, Sampling, Scoring
 from pipeline.serving.engine import Engine, Progress
+from pipeline.serving.job import Job, OpenQueries
 from pipeline.serving.outcomes import DeadlineExceeded, EngineBusy, EngineClosed, NotFinite, Outcome
 
 CHUNK = 4
@@ -182,6 +184,25 @@ def test_what_cannot_share_a_call_takes_turns(tiny: Model, engine: Engine, calls
     wait_for(futures, 60)
     kinds = [grad for _, grad in calls[1:]]
     assert kinds[:20] == [False, True] * 10 or kinds[:20] == [True, False] * 10
+
+
+@pytest.mark.parametrize("kinds", [2, 3])
+def test_kinds_take_turns_also_where_each_has_more_rows_than_a_call_takes(kinds: int) -> None:
+    open_queries = OpenQueries()
+    for number in range(kinds):
+        for index in range(2):
+            job = Job(10 * number + index, lambda: steady(1, 1), 5 * CHUNK, 1, None, None, "")
+            query = next(steady(5 * CHUNK, 1))
+            job.query = replace(query, network=f"net {number}")
+            open_queries.add(job)
+    served = list[str]()
+    for _ in range(4 * kinds):
+        taken = open_queries.take(CHUNK)
+        served.append(taken[0][1].network)
+        for job, query in taken:
+            job.answered += query.rows
+            open_queries.add(job)
+    assert all(len(set(served[start : start + kinds])) == kinds for start in range(0, len(served), kinds)), served
 
 
 def test_a_query_with_probes_forms_its_own_call_and_sampling_never_pays_for_it(

@@ -113,7 +113,14 @@ def test_a_client_that_leaves_while_an_event_is_being_sent_ends_its_work(service
                 await asyncio.Event().wait()  # the network takes no more
 
         headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": GENERATE, "headers": headers, "query_string": b""}
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST",
+            "path": GENERATE,
+            "headers": headers,
+            "query_string": b"",
+        }
+        scope["client"] = ("127.0.0.1", 50_000)
         await make_app(service, service.config)(scope, receive, send)  # pyright: ignore[reportArgumentType]
 
     asyncio.run(asyncio.wait_for(run(), 30))
@@ -163,6 +170,28 @@ def test_an_image_without_its_class_has_no_place_among_those_with_theirs(
     files = [("images", ("a.png", encode_png(image), "image/png")) for image in digits[:2]]
     body = ask("POST", SCORE, data={"labels": "[3, -1]", "options": '{"levels": 4}'}, files=files).json()
     assert [item["percentile"] is None for item in body["data"]] == [False, True]
+
+
+def test_what_an_openai_client_may_ask_is_answered_usefully(
+    ask: Callable[..., httpx.Response], digits: np.ndarray
+) -> None:
+    told = ask("POST", GENERATE, json={"quality": "hd"})
+    assert (told.status_code, told.json()["error"]["param"]) == (400, "quality")
+    assert '"steps": 8' in told.json()["error"]["message"]
+    assert ask("POST", GENERATE, json={"quality": "auto", "steps": 2}).status_code == 200
+    edit = ask("POST", "/v1/images/edits", data={"prompt": "3"}, files={"image": ("a.png", encode_png(digits[0]))})
+    assert edit.status_code == 404
+    assert "starts from a picture by its 'image' (base64) and 'strength'" in edit.json()["error"]["message"]
+
+
+def test_an_image_of_another_size_is_offered_a_resize(ask: Callable[..., httpx.Response]) -> None:
+    wide = base64.b64encode(encode_png(np.zeros((9, 12, 1), np.uint8))).decode()
+    for path, body in ((SCORE, {"images": [wide]}), ("/v1/encodings", {"images": [wide]}), (GENERATE, {"image": wide})):
+        refused = ask("POST", path, json={**body, **({"options": {"levels": 4}} if path == SCORE else {"steps": 2})})
+        assert refused.status_code == 400
+        assert 'got 12 x 9; "resize": "centre-crop" shrinks and crops it' in refused.json()["error"]["message"]
+        fitted = {**body, "resize": "centre-crop", **({"options": {"levels": 4}} if path == SCORE else {"steps": 2})}
+        assert ask("POST", path, json=fitted).status_code == 200
 
 
 def test_models_are_listed_and_shown(ask: Callable[..., httpx.Response], tiny: Model) -> None:
@@ -366,22 +395,47 @@ def test_a_key_spends_its_quota_and_gets_it_back() -> None:
     RateLimits(0).charge("a", 1e30)
 
 
+def test_no_request_spends_more_than_a_minute_of_its_quota() -> None:
+    quotas = RateLimits(600, clock=lambda: 0.0)
+    with pytest.raises(
+        RequestError, match=r"costs 601 units .* more than the 600 that this key has in a minute"
+    ) as caught:
+        quotas.charge("a", 601)
+    assert (caught.value.status, caught.value.code) == (400, "request_too_large")
+    quotas.charge("a", 600)
+
+
+@pytest.mark.parametrize(("ingresses", "statuses"), [(1, [200, 200, 429]), (2, [200, 429, 429])])
+def test_ingresses_share_a_quota(service: Service, ingresses: int, statuses: list[int]) -> None:
+    hashes = (hashlib.sha256(b"k").hexdigest(),)
+    config = replace(service.config, key_hashes=hashes, key_quota=12 * 64, ingress_replicas=ingresses)
+
+    async def run() -> list[int]:
+        transport = httpx.ASGITransport(make_app(service, config))
+        key = {"authorization": "Bearer k"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=key) as client:
+            fields = {"n": 2, "sampler": "ddim", "steps": 4}  # 8 x 64 units
+            return [(await client.post(GENERATE, json=fields)).status_code for _ in range(3)]
+
+    assert asyncio.run(run()) == statuses
+
+
 def test_a_quota_is_charged_by_cost_before_the_work(service: Service) -> None:
     key = {"authorization": "Bearer k", "host": "127.0.0.1"}
-    config = replace(service.config, key_hashes=(hashlib.sha256(b"k").hexdigest(),), key_quota=4 * 64)
+    config = replace(service.config, key_hashes=(hashlib.sha256(b"k").hexdigest(),), key_quota=12 * 64)
     before = service.engine.load().rows
 
     async def run() -> list[httpx.Response]:
         transport = httpx.ASGITransport(make_app(service, config))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=key) as client:
             fields = {"n": 2, "sampler": "ddim", "steps": 4}
-            return [await client.post(GENERATE, json=fields) for _ in range(2)]
+            return [await client.post(GENERATE, json=fields) for _ in range(3)]
 
-    first, second = asyncio.run(run())
-    assert first.status_code == 200
-    assert (second.status_code, second.json()["error"]["code"]) == (429, "quota_exceeded")
-    assert int(second.headers["retry-after"]) >= 1
-    assert service.engine.load().rows == before + 8
+    first, second, third = asyncio.run(run())
+    assert first.status_code == second.status_code == 200
+    assert (third.status_code, third.json()["error"]["code"]) == (429, "quota_exceeded")
+    assert int(third.headers["retry-after"]) >= 1
+    assert service.engine.load().rows == before + 16
 
 
 def test_a_request_is_a_line_of_json_with_its_trace_and_lineage(

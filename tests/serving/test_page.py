@@ -199,6 +199,39 @@ def test_the_api_is_documented_without_other_sites(browser: Any, url: str) -> No
     assert browser.get_log("browser") == []
 
 
+def test_a_picture_is_saved_by_a_name_of_its_own(page: Any) -> None:
+    fill(page, "n", 2)
+    fill(page, "steps", 3)
+    images = make(page)
+    links = page.find_elements("css selector", "#images a.save")
+    assert [link.get_attribute("href") for link in links] == images
+    assert [link.get_attribute("download") for link in links] == ["tiny-seed0-0.png", "tiny-seed0-1.png"]
+
+
+def test_guidance_is_offered_where_the_model_takes_it(page: Any) -> None:
+    def choose(value: str) -> bool:
+        fill(page, "class", value)
+        page.execute_script("document.getElementById('class').dispatchEvent(new Event('change'))")
+        return page.find_element("id", "guidance").is_enabled()
+
+    assert [choose(value) for value in ("each", "-1", "3")] == [True, False, True]
+
+
+@pytest.mark.parametrize("width", [320, 1200])
+def test_long_class_names_stay_within_their_tiles(page: Any, width: int) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    fill(page, "steps", 2)
+    make(page)
+    page.execute_script(
+        "for (const each of document.querySelectorAll('#images small')) "
+        "each.textContent = 'Sphyrapicus_varius_the_yellow-bellied sapsucker of the eastern woods ' + 'x'.repeat(80)"
+    )
+    wide = "return [...document.querySelectorAll('#images li')].filter((li) => li.scrollWidth > li.clientWidth).length"
+    assert page.execute_script(wide) == 0
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+
+
 @pytest.mark.parametrize("width", [320, 390, 820])
 def test_nothing_overflows_at_phone_width(page: Any, width: int) -> None:
     size = {"width": width, "height": 900, "deviceScaleFactor": 2, "mobile": True}

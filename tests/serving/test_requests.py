@@ -76,8 +76,9 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str, text: str) -
             "must be float or a string of at most 64",
         ),
         ({"options": {"churn": [1.0]}}, "churn", "must be float"),
+        ({"sampler": "ddim", "options": {"eta": [0.5, 1e308]}}, "eta", r"must be between 0 and 10, got \[0\.5, 1e\+308"),
         ({"sampler": "ddim", "options": {"eta": [0.5] * 5000}}, "eta", "must be float or a list of numbers"),
-        ({"sampler": "langevin", "options": {"steps_per_level": 10**12}}, None, "more than the limit"),
+        ({"sampler": "langevin", "options": {"steps_per_level": 10**9}}, None, "more than the limit"),
     ],
 )
 def test_what_the_model_cannot_do_is_named(tiny: Model, fields: dict[str, Any], param: str | None, text: str) -> None:
@@ -133,6 +134,33 @@ def test_a_prompt_is_a_class(tiny: Model) -> None:
     assert plan(tiny, labels=[1, -1], n=2).labels == (1, -1)
 
 
+def test_a_prompt_is_matched_exactly_first_then_without_case(tiny: Model) -> None:
+    names = ["cat", "Cat", "tabby Cat", "DOG", "1", "Straße", "x", "y", "z", "2"]
+    named = Model(tiny.config, tiny.denoiser, {**tiny.card, "class_names": names}, tiny.digest)
+    told = {"cat": 0, "Cat": 1, " Cat ": 1, "TABBY CAT": 2, "dog": 3, "1": 4, "STRASSE": 5, "2": 9, "3": 3, "X": 6}
+    assert {prompt: plan(named, prompt=prompt).labels[0] for prompt in told} == told
+    for prompt in ("CAT", "tabby", "10", "²"):
+        with pytest.raises(RequestError, match="name or number of a class"):
+            plan(named, prompt=prompt)
+
+
+def test_the_adaptive_sampler_is_priced_by_its_tolerance(tiny: Model) -> None:
+    costs = [plan(tiny, sampler="adaptive", options={"tolerance": 10.0**-p}).cost for p in (1, 2, 3, 4, 5)]
+    assert costs == [55, 80, 105, 130, 155]
+    images = [encode_png(np.zeros((8, 8, 1), np.uint8))]
+    scored = [
+        plan_likelihood(
+            parse_body(LikelihoodOptions, {"estimator": "ode", "options": {"tolerance": tolerance, "solver": solver}}),
+            images,
+            tiny,
+            ServingConfig(),
+            0,
+        ).cost
+        for solver, tolerance in (("bosh3", 1e-3), ("bosh3", 1e-4), ("dopri5", 1e-4))
+    ]
+    assert scored[0] < scored[2] < scored[1]
+
+
 def test_likelihood_images_are_decoded_within_limits(tiny: Model, digits: np.ndarray) -> None:
     good = [encode_png(image) for image in digits]
     request = parse_body(LikelihoodOptions, {"labels": [1, 2, 3], "options": {"levels": 8}})
@@ -140,7 +168,7 @@ def test_likelihood_images_are_decoded_within_limits(tiny: Model, digits: np.nda
     assert np.array_equal(made.pixels.permute(0, 2, 3, 1).numpy(), digits)
     assert made.cost >= 3 * 8
     wide = encode_png(np.zeros((4, 9, 1), dtype=np.uint8))
-    for bad, text in [(b"nonsense", "not a jpg, png or webp"), (good[0][:-20], "truncated"), (wide, "9 x 4 pixels")]:
+    for bad, text in [(b"nonsense", "not a jpg, png or webp"), (good[0][:-20], "truncated"), (wide, "got 9 x 4")]:
         with pytest.raises(RequestError, match=rf"images\[1\]: .*{text}"):
             plan_likelihood(request, [good[0], bad, good[2]], tiny, CONFIG, 0)
     small = ServingConfig(max_image_pixels=60)

@@ -61,9 +61,7 @@ function showModel(ids) {
   fill("class", [...(classes.length ? [["each", "each in turn"]] : []), ...none, ...classes]);
   fill("score-class", [...none, ...classes]);
   byId("class").disabled = byId("score-class").disabled = !classes.length;
-  byId("guidance").disabled = !classes.length || !model.guided;
-  byId("guidance").title = model.guided ? "" : "This model was trained with labels alone: it has nothing to guide from.";
-  if (byId("guidance").disabled) byId("guidance").value = 1;
+  noteGuidance();
   byId("steps").value = model.defaults.steps;
   byId("steps").max = model.limits.steps;
   byId("n").max = model.limits.images;
@@ -74,6 +72,17 @@ function showModel(ids) {
 function fill(id, options, chosen) {
   byId(id).replaceChildren(...options.map(([value, text]) => make("option", { value, textContent: text })));
   if (chosen !== undefined) byId(id).value = chosen;
+}
+
+function noteGuidance() {
+  const model = state.model;
+  if (!model) return;
+  const unclassed = model.guided === "by class" && byId("class").value === "-1";
+  const why = !model.guided ? "This model has nothing to guide from: it does not know a prediction without a class."
+    : unclassed ? "Choose a class: without one there is nothing to guide towards." : "";
+  byId("guidance").disabled = Boolean(why);
+  byId("guidance").title = why;
+  if (why) byId("guidance").value = 1;
 }
 
 function noteSampler() {
@@ -139,6 +148,7 @@ async function generate(event) {
       if (sent.error) throw new Error(sent.error.message);
       showImages(sent.data);
       complete = sent.type === "image_generation.completed";
+      if (complete) offerImages();
       if (complete) showLineage(sent);
       else showProgress(sent);
     }
@@ -164,9 +174,11 @@ function prepareTiles(body) {
     const name = label >= 0 ? state.model.class_names[label] : "no class";
     const image = make("img", { alt: `Image ${index + 1}, ${label >= 0 ? `class ${name}` : name}`, className: small ? "pixelated" : "" });
     image.src = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=";
-    const button = make("button", { type: "button", title: "Score this image" }, image, make("small", { textContent: name }));
+    const button = make("button", { type: "button", title: `Score this image (${name})` }, image, make("small", { textContent: name }));
     button.addEventListener("click", () => scoreTile(image, label));
-    return make("li", {}, button);
+    const save = make("a", { className: "save", textContent: "Save", download: `${state.model.id}-seed${body.seed}-${index}.png` });
+    save.setAttribute("aria-label", `Save image ${index + 1}`);
+    return make("li", {}, button, save);
   });
   byId("images").replaceChildren(...tiles);
   byId("lineage").replaceChildren();
@@ -175,6 +187,10 @@ function prepareTiles(body) {
 function showImages(data) {
   const images = byId("images").querySelectorAll("img");
   for (const item of data) images[item.index].src = `data:image/png;base64,${item.b64_json}`;
+}
+
+function offerImages() {
+  for (const tile of byId("images").children) tile.querySelector("a").href = tile.querySelector("img").src;
 }
 
 function showProgress(sent) {
@@ -351,6 +367,7 @@ byId("dice").addEventListener("click", () => { byId("seed").value = crypto.getRa
 byId("curl").addEventListener("click", copyGeneration);
 byId("score-curl").addEventListener("click", copyScore);
 byId("sampler").addEventListener("change", noteSampler);
+byId("class").addEventListener("change", noteGuidance);
 byId("key").addEventListener("change", () => loadModel());
 byId("model").addEventListener("change", (event) => loadModel(event.target.value));
 byId("file").addEventListener("change", async (event) => { await score([...event.target.files]); event.target.value = ""; });

@@ -24,8 +24,8 @@ RANGES = {
 
 
 def out_of_range(name: str, value: Any, whole: bool) -> str | None:
-    """What a number, or each of a list, may be where this one is something else, else None. whole: the option takes whole
-    numbers only."""
+    """What a number, or each of a list, may be where this one is something else, else None. whole: the option takes
+    whole numbers only."""
     if isinstance(value, list):
         return next((allowed for each in value if (allowed := out_of_range(name, each, whole))), None)
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -76,7 +76,11 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str, text: str) -
             "must be float or a string of at most 64",
         ),
         ({"options": {"churn": [1.0]}}, "churn", "must be float"),
-        ({"sampler": "ddim", "options": {"eta": [0.5, 1e308]}}, "eta", r"must be between 0 and 10, got \[0\.5, 1e\+308"),
+        (
+            {"sampler": "ddim", "options": {"eta": [0.5, 1e308]}},
+            "eta",
+            r"must be between 0 and 10, got \[0\.5, 1e\+308",
+        ),
         ({"sampler": "ddim", "options": {"eta": [0.5] * 5000}}, "eta", "must be float or a list of numbers"),
         ({"sampler": "langevin", "options": {"steps_per_level": 10**9}}, None, "more than the limit"),
     ],

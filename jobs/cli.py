@@ -2,8 +2,12 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 from rich.console import Console
 
@@ -49,11 +53,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+ONE_WISH_S = 3.0
+AGAIN = "run the same command again: it goes on from what was saved"
+
+
 def main(run: Callable[[], int | None]) -> None:
-    """Run a job: 0 done, 2 for what a user can mend (a line of each on stderr), 130 after Ctrl-C.
+    """Run a job: 0 done, 2 for what a user can mend (a line of each on stderr), 1 where Ray failed, 130 after Ctrl-C,
+    SIGTERM or a closed terminal.
 
     RAYDIFFUSION_TRACEBACK=1 shows the traceback as well.
     """
+    _end_well()
     try:
         code = run() or 0
     except KeyboardInterrupt:
@@ -65,5 +75,43 @@ def main(run: Callable[[], int | None]) -> None:
         for line in getattr(error, "problems", None) or [one_line(error)]:
             print(f"error: {line}", file=sys.stderr)
         code = 2
+    except Exception as error:
+        if os.environ.get("RAYDIFFUSION_TRACEBACK") or not _by_ray(error):
+            raise
+        print(f"error: Ray lost a part of itself ({one_line(error)[:300]}); {AGAIN}", file=sys.stderr)
+        code = 1
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _by_ray(error: BaseException) -> bool:
+    """Whether it comes of Ray's own processes (a node, its store, a controller) and not of code that they ran."""
+    if not type(error).__module__.startswith("ray."):
+        return False
+    from ray.exceptions import RayTaskError
+
+    return not isinstance(error, RayTaskError) and not getattr(error, "worker_failures", None)
+
+
+def _end_well() -> None:
+    """SIGTERM and a closed terminal end a job as Ctrl-C does, so that it ends what it started; signals within
+    ONE_WISH_S of the first are the same wish. Jobs that can save something first lay their own handlers over these.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
+    heard: list[float] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # what is still said must not fail for want of a terminal
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for descriptor in terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+        heard.append(time.monotonic())
+        if len(heard) == 1 or heard[-1] - heard[0] > ONE_WISH_S:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not where nohup ignores it
+            signal.signal(number, on_signal)

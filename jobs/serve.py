@@ -5,6 +5,7 @@ is updated, `--status` shows it, `--stop` ends it. Without one it runs here unti
 documentation at /docs.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -43,11 +44,12 @@ def show() -> None:
 
 
 def _wait_for_the_end() -> None:
-    """Until SIGINT or SIGTERM."""
+    """Until SIGINT, SIGTERM or the end of the terminal (`cli.main`); further ones do not disturb the shutdown."""
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    ended.wait()
+    with contextlib.suppress(KeyboardInterrupt):
+        ended.wait()
 
 
 def main() -> None:

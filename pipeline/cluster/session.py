@@ -20,6 +20,8 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 LISTEN_S = 10.0
+STARTS = 3
+LATE = "timed out during startup"  # of what Ray says where its node is not there after 30 s
 
 
 def prepare_environment() -> None:
@@ -45,7 +47,7 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
     session within a session is the outer one.
 
     Raises:
-        ConnectionError: no Ray cluster answers at `address`.
+        ConnectionError: no Ray cluster answers at `address`, or none can be started here.
     """
     prepare_environment()
     import ray
@@ -62,17 +64,40 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
             hint = "" if os.environ.get("RAY_AUTH_TOKEN") else " (or it asks for another token: set RAY_AUTH_TOKEN)"
             raise ConnectionError(f"no Ray cluster answers at {address}{hint}: {error}") from error
     else:
-        ray.init(
-            address="local",  # never what an earlier `ray start` left behind
-            num_cpus=None if cpus is None else max(1, int(cpus)),
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        _start_here(None if cpus is None else max(1, int(cpus)))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(cpus: int | None) -> None:
+    """A cluster on this machine. Ray gives itself 30 seconds, which a busy machine can exceed: it is asked again.
+
+    Raises:
+        ConnectionError: it was not there the last time either.
+    """
+    import ray
+
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                address="local",  # never what an earlier `ray start` left behind
+                num_cpus=cpus,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()
+            if LATE not in str(error):
+                raise
+            if attempt == STARTS:
+                raise ConnectionError(
+                    f"Ray did not start on this machine within 30 s, {STARTS} times: the machine is busy, or short of "
+                    f"memory or disk; run the same command again"
+                ) from None
 
 
 def _must_listen(address: str) -> None:

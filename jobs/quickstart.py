@@ -66,6 +66,8 @@ class Stages:
 
     names: tuple[str, ...] = ("shard", "train", "evaluate", "register", "serve", "report")
     done: list[Stage] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0  # from the start to the end of the last stage
 
     @contextmanager
     def stage(self, name: str, what: str, memory: PeakMemory) -> Iterator[None]:
@@ -74,7 +76,9 @@ class Stages:
         memory.take()
         started = time.monotonic()
         yield
-        self.done.append(Stage(name, time.monotonic() - started, memory.take()))
+        ended = time.monotonic()
+        self.done.append(Stage(name, ended - started, memory.take()))
+        self.seconds = ended - self.started
 
 
 # --- the endpoint
@@ -128,16 +132,17 @@ def stop_serving(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def ask(url: str, held: Labelled) -> dict[str, Any]:
-    """One request to each endpoint, and the page; what was answered, for the report.
+def ask(url: str, held: Labelled, classes: int) -> dict[str, Any]:
+    """One request to each endpoint, and the page; what was answered, for the report. classes: the model's, 0 for none.
 
     Raises:
         ValueError: an answer other than 200.
     """
     with httpx.Client(base_url=url, timeout=60) as client:
-        made = _answer(client.post("/v1/images/generations", json={"n": 10, "labels": list(range(10)), "seed": 1}))
+        wanted = {"labels": [index % classes for index in range(10)]} if classes else {}
+        made = _answer(client.post("/v1/images/generations", json={"n": 10, "seed": 1, **wanted}))
         encoded = [base64.b64encode(codecs.encode_png(i.permute(1, 2, 0).numpy())).decode() for i in held.images[:4]]
-        labels = None if held.labels is None else held.labels[:4].tolist()
+        labels = held.labels[:4].tolist() if classes and held.labels is not None else None
         scored = _answer(client.post("/v1/likelihood", json={"images": encoded, "labels": labels, "seed": 1}))
         page = client.get("/")
         if page.status_code != 200 or "<form" not in page.text:
@@ -164,9 +169,10 @@ class Found:
     version: Version
     url: str
     answers: dict[str, Any]
+    images_seen: int
 
 
-def write_report(config: RunConfig, found: Found, stages: list[Stage], held: Labelled, page: Path) -> None:
+def write_report(config: RunConfig, found: Found, stages: Stages, held: Labelled, page: Path) -> None:
     from pipeline.tracking.results import history
 
     def curve(name: str, key: str, error: str | None = None) -> Curve:
@@ -183,15 +189,16 @@ def write_report(config: RunConfig, found: Found, stages: list[Stage], held: Lab
             "Shards",
             [("manifest", manifest.digest[:12]), *((say, f"{manifest.split(s).total:,}") for s, say in counts)],
         ),
-        Link("Run", [("MLflow run", version.run_id[:12]), ("images seen", f"{config.training.images:,}")]),
+        Link("Run", [("MLflow run", version.run_id[:12]), ("images seen", f"{found.images_seen:,}")]),
         Link("Version", [("model", version.url), ("digest", version.digest[:12])]),
-        Link("Endpoint", [("at", found.url), ("answers with digest", str(made.get("digest", ""))[:12])]),
+        Link("Endpoint", [("at", found.url), ("answers with digest", made["model_digest"][:12])]),
     ]
     write(
         str(page),
         Report(
             title=f"{config.name}: from images to an endpoint",
-            subtitle="a class-conditional diffusion model, trained, measured, registered and served by one run",
+            subtitle=f"a {'class-conditional ' if config.model.classes else ''}diffusion model, trained, measured, "
+            "registered and served by one run",
             evaluation=found.evaluation,
             config=config.evaluation,
             train=Labelled(real.images, real.labels),
@@ -200,7 +207,8 @@ def write_report(config: RunConfig, found: Found, stages: list[Stage], held: Lab
             losses=[curve("training loss", "loss")],
             likelihoods=[curve("held-out, bound", "held_out/bits_per_dim", "held_out/standard_error")],
             lineage=lineage,
-            stages=stages,
+            stages=stages.done,
+            seconds=stages.seconds,
             commands=commands(config, page),
         ),
     )
@@ -224,7 +232,6 @@ def commands(config: RunConfig, page: Path) -> list[tuple[str, str]]:
 
 def run(config: RunConfig, folder: Path, keep: bool) -> None:
     prepare_environment()
-    started = time.monotonic()
     stages = Stages()
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
@@ -249,16 +256,14 @@ def run(config: RunConfig, folder: Path, keep: bool) -> None:
                 stack.callback(stop_serving, process)
             else:
                 stack.callback(_stop_on_error, process)
-            answers = ask(url, held)
+            answers = ask(url, held, config.model.classes)
             _tell_answers(answers, url)
         page = folder / "report.html"
         with stages.stage("report", str(page), memory):
-            write_report(config, Found(manifest, evaluation, version, url, answers), stages.done, held, page)
-        peak = max(stage.memory_bytes or 0 for stage in stages.done)
-        cli.console.print()
-        for stage in stages.done:
-            cli.console.print(f"  {stage.name:<10}{stage.seconds:6.1f} s  {(stage.memory_bytes or 0) / 2**30:5.2f} GiB")
-        cli.console.print(f"  {'all':<10}{time.monotonic() - started:6.1f} s  {peak / 2**30:5.2f} GiB at most\n")
+            measured = list(stages.done), stages.seconds  # as the page has them: without itself
+            found = Found(manifest, evaluation, version, url, answers, finished.images)
+            write_report(config, found, stages, held, page)
+        _tell_times(*measured)
         evaluate.show(rows(evaluation, config.evaluation))
         cli.console.print()
         for what, command in commands(config, page):
@@ -270,6 +275,14 @@ def run(config: RunConfig, folder: Path, keep: bool) -> None:
 def _stop_on_error(process: subprocess.Popen[bytes]) -> None:
     if sys.exc_info()[0] is not None:
         stop_serving(process)
+
+
+def _tell_times(stages: list[Stage], seconds: float) -> None:
+    peak = max(stage.memory_bytes or 0 for stage in stages)
+    cli.console.print()
+    for stage in stages:
+        cli.console.print(f"  {stage.name:<10}{stage.seconds:6.1f} s  {(stage.memory_bytes or 0) / 2**30:5.2f} GiB")
+    cli.console.print(f"  {'all':<10}{seconds:6.1f} s  {peak / 2**30:5.2f} GiB at most\n")
 
 
 def _tell_answers(answers: Mapping[str, Any], url: str) -> None:

@@ -22,6 +22,7 @@ BATCH = 64
 EPOCHS = 15
 STEPS = (300, 2000)  # at least and at most, whatever the number of images
 ROWS_AT_ONCE = 1024
+PCA_IMAGES = 5_000
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ class Classifier(nn.Module):
 
 def train_classifier(train: Labelled, classes: int, seed: int) -> Classifier:
     """A classifier of the training images; the same weights for the same images, seed and thread count."""
-    if train.labels is None:
-        raise ValueError("features 'classifier' need classes; this set has none: use features: pixels")
+    if train.labels is None or not judgeable(train.labels):
+        raise ValueError(
+            f"evaluation.features 'classifier' needs at least two classes; the training images have "
+            f"{0 if train.labels is None else 1}: use pixels or auto"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed("classifier", seed))
         net = Classifier(train.images.shape[1], train.images.shape[2], classes)
@@ -102,25 +106,39 @@ def classifier_features(train: Labelled, held_out: Labelled, classes: int, seed:
     return Features(extract, f"last hidden layer ({WIDTH} units) of a classifier of the training images", right())
 
 
-def pixel_features(train: Labelled) -> Features:
-    """Principal components of the training images' pixels (grey levels / 255), at most `WIDTH`."""
-    flat = train.images.flatten(1).double().numpy() / 255
-    mean = flat.mean(0)
-    _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
-    axes = axes[:WIDTH]
+def pixel_features(train: Labelled, seed: int = 0) -> Features:
+    """Principal components of the training images' pixels (grey levels / 255), at most `WIDTH`; of `PCA_IMAGES` of
+    them, evenly over the set, by the randomised method where images are large: 64x64 colour has 12,288 dimensions.
+    """
+    from sklearn.decomposition import PCA
+
+    count = min(len(train.images), PCA_IMAGES)
+    chosen = train.images[torch.arange(count) * len(train.images) // count]
+    components = min(WIDTH, count, chosen[0].numel())
+    pca = PCA(components, random_state=key_seed("pixels", seed) % 2**32).fit(_grey_levels(chosen))
 
     def extract(images: Tensor) -> Floats:
-        return (images.flatten(1).double().numpy() / 255 - mean) @ axes.T
+        return np.concatenate([pca.transform(_grey_levels(rows)) for rows in images.split(ROWS_AT_ONCE)])
 
-    return Features(extract, f"first {len(axes)} principal components of the training images' pixels")
+    return Features(extract, f"first {components} principal components of the training images' pixels")
+
+
+def _grey_levels(images: Tensor) -> Floats:
+    """uint8 (n, C, H, W) -> (n, C H W), 0..1."""
+    return images.flatten(1).double().numpy() / 255
+
+
+def judgeable(labels: Tensor | None) -> bool:
+    """Whether there are classes to tell apart: at least two among the images."""
+    return labels is not None and len(labels.unique()) > 1
 
 
 def features_of(kind: str, train: Labelled, held_out: Labelled, classes: int, seed: int) -> Features:
-    """kind: 'classifier', 'pixels', or 'auto': a classifier where there are classes.
+    """kind: 'classifier', 'pixels', or 'auto': a classifier where there are at least two classes.
 
     Raises:
-        ValueError: a classifier of a set without classes.
+        ValueError: a classifier of a set of fewer than two classes.
     """
-    if kind == "classifier" or (kind == "auto" and classes > 0):
+    if kind == "classifier" or (kind == "auto" and classes > 1 and judgeable(train.labels)):
         return classifier_features(train, held_out, classes, seed)
-    return pixel_features(train)
+    return pixel_features(train, seed)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.choose import choose
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.evaluation.bits_per_dim import Scores, score
 from pipeline.evaluation.config import EvaluationConfig
-from pipeline.evaluation.features import Labelled, features_of
+from pipeline.evaluation.features import Labelled, features_of, judgeable
 from pipeline.evaluation.memorisation import Memorisation, memorisation
 from pipeline.evaluation.quality import Agreement, class_agreement, frechet_to_held_out
 from pipeline.evaluation.statistics import Compared, Estimate
@@ -29,8 +32,8 @@ Progress = Callable[[str, int, int], None]  # (what, images done, images in all)
 class Evaluation:
     """What was found. samples: uint8 (n, C, H, W); asked: (n,) the class of each, None for a model without classes.
 
-    scores: by estimator. agreement: None for a model without classes.
-    frechet: to held-out images, in `features`.
+    scores: by estimator. agreement: None where there are fewer than two
+    classes. frechet: to held-out images, in `features`.
     """
 
     scores: dict[str, Scores]
@@ -86,6 +89,8 @@ def evaluate(
     Raises:
         ValueError: what the model, an estimator or a measure refuses.
     """
+    if problems := unmeasurable(config, classes if train.labels is not None else 0, len(held_out.images)):
+        raise ValueError("; ".join(problems))
     count = len(held_out.images) if config.images == 0 else min(config.images, len(held_out.images))
     known = held_out.labels if classes and held_out.labels is not None else None
     scores: dict[str, Scores] = {}
@@ -109,6 +114,33 @@ def evaluate(
     return found
 
 
+def unmeasurable(config: EvaluationConfig, classes: int, held_out: int) -> list[str]:
+    """What of an evaluation cannot be done with a set of so many classes (0: none) and held-out images, a line each.
+
+    Raises:
+        ValueError: no such estimator or sampler.
+    """
+    for name in config.estimators:
+        choose(ESTIMATORS, name, "evaluation.estimators: estimator")
+    choose(SAMPLERS, config.sampling.sampler, "evaluation.sampling.sampler: sampler")
+    problems: list[str] = []
+    if held_out < 2:
+        problems.append(
+            f"an evaluation needs at least 2 held-out images, the set has {held_out}: shard it with a larger "
+            f"shard.held_out"
+        )
+    if classes < 2:
+        have = "one class" if classes else "no classes"
+        if config.min_agreement is not None:
+            problems.append(
+                f"evaluation.min_agreement demands {config.min_agreement:g}, and with {have} there is nothing to tell "
+                f"apart: set it to null"
+            )
+        if config.features == "classifier":
+            problems.append(f"evaluation.features 'classifier' needs at least two classes, there is {have}: use auto")
+    return problems
+
+
 def judge(
     samples: Tensor,
     asked: Tensor | None,
@@ -123,9 +155,10 @@ def judge(
         train.images[: config.judge_images], None if train.labels is None else train.labels[: config.judge_images]
     )
     features = features_of(config.features, train, held_out, classes, config.seed)
+    judged = asked is not None and held_out.labels is not None and judgeable(train.labels)
     return Evaluation(
         scores,
-        None if asked is None else class_agreement(samples, asked, train, held_out),
+        class_agreement(samples, asked, train, held_out) if judged and asked is not None else None,
         frechet_to_held_out(samples, train.images, held_out.images, features, config.resamples, config.seed),
         features.about,
         memorisation(samples, train.images, held_out.images, config.near_copy_share),
@@ -162,17 +195,15 @@ def rows(found: Evaluation, config: EvaluationConfig) -> list[Row]:
         )
         value = f"{scores.mean:.3f} ± {scores.standard_error:.3f}"
         table.append(Row(f"Held-out bits/dim, {ESTIMATOR_NAMES.get(name, name)}", value, detail))
-    if found.agreement is not None:
-        bar = config.min_agreement
-        table.append(
-            Row(
-                "Samples of the asked class",
-                _percent(found.agreement.share),
-                f"{'' if bar is None else f'at least {bar:.0%} demanded; '}"
-                f"the judge itself is right on {found.agreement.judge.value:.1%} of held-out images",
-                None if bar is None else found.agreement.share.value >= bar,
-            )
-        )
+    bar, agreement = config.min_agreement, found.agreement
+    if agreement is not None:
+        demanded = "" if bar is None else f"at least {bar:.0%} demanded; "
+        detail = f"{demanded}the judge itself is right on {agreement.judge.value:.1%} of held-out images"
+        ok = None if bar is None else agreement.share.value >= bar
+        table.append(Row("Samples of the asked class", _percent(agreement.share), detail, ok))
+    elif bar is not None:
+        detail = f"at least {bar:.0%} demanded, with fewer than two classes to tell apart"
+        table.append(Row("Samples of the asked class", "not measured", detail, False))
     frechet, bar = found.frechet, config.max_frechet_ratio
     table += [
         Row(

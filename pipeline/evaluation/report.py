@@ -55,6 +55,7 @@ class Report:
     likelihoods: Sequence[Curve] = ()
     lineage: Sequence[Link] = ()
     stages: Sequence[Stage] = ()
+    seconds: float | None = None  # of the whole run, what lies between its stages included; None: their sum
     commands: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
@@ -115,10 +116,12 @@ def _image(picture: torch.Tensor, alt: str, width: int | None = None) -> str:
 def _header(report: Report, table: list[Row]) -> str:
     demanded = [row for row in table if row.ok is not None]
     missed = [row.name for row in demanded if not row.ok]
-    text = f"misses: {', '.join(missed)}" if missed else f"meets all {len(demanded)} demands"
+    all_met = f"meets all {len(demanded)} demands" if len(demanded) > 1 else "meets what is demanded"
+    text = f"misses: {', '.join(missed)}" if missed else all_met
     mark = "good" if passed(table) else "bad"
+    subtitle = f"<p>{escape(report.subtitle)}</p>" if report.subtitle else ""
     return (
-        f"<header>\n<h1>{escape(report.title)}</h1>\n<p>{escape(report.subtitle)}</p>\n"
+        f"<header>\n<h1>{escape(report.title)}</h1>\n{subtitle}\n"
         f'<span class="verdict {mark}">{escape(text)}</span>\n</header>'
     )
 
@@ -141,7 +144,8 @@ def _samples(report: Report) -> tuple[str, str]:
     made, columns = pictures.by_class(found.samples, found.asked, classes, EACH)
     real, real_columns = pictures.by_class(report.held_out.images, report.held_out.labels, classes, EACH)
     how = report.config.sampling
-    ours = f"One class a row, the first ones of each: nothing is picked. {how.sampler}, {how.steps} steps, no guidance."
+    what = "The first ones" if found.asked is None or not classes else "One class a row, the first ones of each"
+    ours = f"{what}: nothing is picked. {how.sampler}, {how.steps} steps, no guidance."
     return (
         _section("Samples", _figure(_image(pictures.grid(made, columns), "grid of samples"), ours)),
         _section(
@@ -154,21 +158,23 @@ def _samples(report: Report) -> tuple[str, str]:
 def _results(table: list[Row]) -> str:
     marks = {True: '<span class="good">✓</span>', False: '<span class="bad">✗</span>', None: ""}
     lines = [
-        f'<tr><td>{marks[row.ok]}</td><td>{escape(row.name)}</td><td class="value">{escape(row.value)}</td>'
-        f'<td class="detail">{escape(row.detail)}</td></tr>'
-        for row in table
+        "<tr><th></th><th>measure</th><th>value</th><th></th></tr>",
+        *(
+            f'<tr><td>{marks[row.ok]}</td><td>{escape(row.name)}</td><td class="value">{escape(row.value)}</td>'
+            f'<td class="detail">{escape(row.detail)}</td></tr>'
+            for row in table
+        ),
     ]
-    return f"<table>\n<tr><th></th><th>measure</th><th>value</th><th></th></tr>\n{''.join(lines)}\n</table>"
+    return f'<table class="results">\n{"".join(lines)}\n</table>'
 
 
 def _training(report: Report) -> tuple[str, str]:
     loss = likelihood = ""
-    if report.losses:
-        loss = _section("Training loss", charts.lines(report.losses, "images seen", "loss"))
-    if report.likelihoods:
-        likelihood = _section(
-            "Held-out bits/dim in training", charts.lines(report.likelihoods, "images seen", "bits/dim")
-        )
+    losses, scores = ([curve for curve in curves if len(curve.x)] for curves in (report.losses, report.likelihoods))
+    if losses:
+        loss = _section("Training loss", charts.lines(losses, "images seen", "loss"))
+    if scores:
+        likelihood = _section("Held-out bits/dim in training", charts.lines(scores, "images seen", "bits/dim"))
     return loss, likelihood
 
 
@@ -231,13 +237,14 @@ def _ending(report: Report) -> tuple[str, str]:
     if report.stages:
         lines = [
             f'<tr><td>{escape(stage.name)}</td><td class="number">{stage.seconds:.0f} s</td><td class="number">'
-            f"{'' if stage.memory_bytes is None else f'{stage.memory_bytes / 2**30:.2f} GiB'}</td></tr>"
+            f"{'–' if stage.memory_bytes is None else f'{stage.memory_bytes / 2**30:.2f} GiB'}</td></tr>"
             for stage in report.stages
         ]
-        whole = f'<tr><td><b>all</b></td><td class="number"><b>{sum(s.seconds for s in report.stages):.0f} s</b></td>'
+        seconds = sum(s.seconds for s in report.stages) if report.seconds is None else report.seconds
+        whole = f'<tr><td><b>all</b></td><td class="number"><b>{seconds:.0f} s</b></td>'
         head = "<tr><th>stage</th><th></th><th>peak memory</th></tr>"
-        stages = _section("What it took", f"<table>{head}{''.join(lines)}{whole}<td></td></tr></table>")
+        stages = _section("What it took", f'<table class="took">{head}{"".join(lines)}{whole}<td></td></tr></table>')
     if report.commands:
-        listed = (f"<div>{escape(what)}</div><pre>{escape(command)}</pre>" for what, command in report.commands)
+        listed = (f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in report.commands)
         commands = _section("Go on", "".join(listed))
     return stages, commands

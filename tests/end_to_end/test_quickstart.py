@@ -1,6 +1,7 @@
 """The quickstart itself on a small run: interrupted, continued, kept, and nothing left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.small_run import ROOT, in_folder, small
+from tests.evaluation.page import empty_boxes
 
 MARK = "RAYDIFFUSION_TEST_RUN"
 
@@ -86,7 +88,16 @@ def test_interrupted_then_continued_then_repeated(tmp_path: Path) -> None:
     line = next(text for text in said.splitlines() if "the endpoint runs on at" in text)
     url, kept = line.split(" at ")[1].split(";")[0], int(line.rsplit(" ", 1)[1])
     assert httpx.get(f"{url}/readyz", timeout=10).status_code == 200
-    assert "<!doctype html>" in (tmp_path / "report.html").read_text()[:100]
+    page = (tmp_path / "report.html").read_text()
+    assert "<!doctype html>" in page[:100]
+    assert empty_boxes(page) == []
+    seen = re.sub(r"<[^>]+>", " ", page)
+    trained = re.search(r"trained on ([\d,]+) images", said)
+    assert trained is not None
+    assert re.search(rf"images seen\s+{trained[1]}\s", seen), "the terminal and the page have one number"
+    whole = re.search(r"^  all +(\d+)\.", said, re.MULTILINE)
+    assert whole is not None
+    assert re.search(rf"all\s+({int(whole[1])}|{int(whole[1]) + 1}) s", seen)  # rounded
     psutil.Process(kept).terminate()
     psutil.Process(kept).wait(60)
     assert gone(tmp_path), left_over(tmp_path)

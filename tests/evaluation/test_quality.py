@@ -66,5 +66,5 @@ def test_a_set_without_classes_is_measured_by_its_pixels() -> None:
     auto = features_of("auto", train, held_out, 0, 0)
     assert "pixels" in auto.about
     assert auto.accuracy is None
-    with pytest.raises(ValueError, match="use features: pixels"):
+    with pytest.raises(ValueError, match="at least two classes"):
         features_of("classifier", train, held_out, 0, 0)

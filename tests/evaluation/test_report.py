@@ -1,6 +1,7 @@
 """The page stands alone, is well formed, and escapes what it is told."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.features import Labelled
 from pipeline.evaluation.measure import Evaluation, judge, rows
 from pipeline.evaluation.report import Link, Report, Stage, html, plain
+from tests.evaluation.page import empty_boxes
 from tests.evaluation.tiny import stripes
 
 CONFIG = EvaluationConfig(samples=60, resamples=10, min_agreement=0.95, max_frechet_ratio=3.0, features="pixels")
@@ -63,7 +65,7 @@ def _report(found: Evaluation, title: str = "stripes") -> Report:
         held_out=HELD_OUT,
         class_names=("one", "two", "<three>"),
         losses=[Curve("loss", [1000, 2000, 3000], [0.5, 0.4, 0.3])],
-        likelihoods=[Curve("bits/dim", [1000, 3000], [6.0, 5.0], [0.1, 0.1])],
+        likelihoods=[Curve("bits/dim", [1000, 3000], [6.0, 5.0], [0.1, 0.1]), Curve("nothing yet", [], [])],
         lineage=[Link("Shards", [("digest", "ab12")]), Link("Run", [("id", "cd34")])],
         stages=[Stage("train", 80, 2 << 30), Stage("serve", 20)],
         commands=[("Open it", "mlflow ui --backend-store-uri 'sqlite:///a&b.db'")],
@@ -100,6 +102,33 @@ def test_a_page_without_classes_curves_and_lineage(found: Evaluation) -> None:
     page = Page()
     page.feed(html(Report("bare", "", bare, CONFIG, Labelled(TRAIN.images, None), Labelled(HELD_OUT.images, None))))
     assert page.open == []
+    assert empty_boxes(html(_report(bare))) == []
+
+
+def test_every_box_has_content(found: Evaluation) -> None:
+    whole = _report(found)
+    assert empty_boxes(html(whole)) == []
+    for broken in (
+        replace(whole, lineage=[Link("Endpoint", [("answers with digest", "")])]),
+        replace(whole, commands=[("", "ls")]),
+        replace(whole, title=" "),
+    ):
+        assert len(empty_boxes(html(broken))) == 1
+    assert "Training loss" not in html(replace(whole, losses=[Curve("loss", [], [])]))
+
+
+def test_what_was_demanded_and_not_measured_is_a_miss(found: Evaluation) -> None:
+    """One class: nothing to tell apart, with a demand and without one."""
+    labels = torch.zeros(len(TRAIN.images), dtype=torch.int64)
+    train, held = Labelled(TRAIN.images, labels), Labelled(HELD_OUT.images, labels[: len(HELD_OUT.images)])
+    asked = torch.zeros(len(found.samples), dtype=torch.int64)
+    lone = judge(found.samples, asked, {}, 1, train, held, replace(CONFIG, features="auto"))
+    assert lone.agreement is None
+    assert "pixels" in lone.features
+    table = {row.name: row for row in rows(lone, CONFIG)}
+    assert table["Samples of the asked class"].ok is False
+    assert table["Samples of the asked class"].value == "not measured"
+    assert "Samples of the asked class" not in {row.name for row in rows(lone, replace(CONFIG, min_agreement=None))}
 
 
 def test_charts_are_the_same_for_the_same_numbers() -> None:

@@ -16,9 +16,9 @@ import pipeline
 from jobs import evaluate, register, sample, train
 from pipeline.config import RunConfig, from_plain
 from pipeline.data.formats.codecs import decode, encode_png
-from pipeline.data.sets.manifest import Manifest
 from pipeline.data.making.shards import shard_in_process
 from pipeline.data.reading.stream import held_out, train_images
+from pipeline.data.sets.manifest import Manifest
 from pipeline.evaluation.features import Labelled
 from pipeline.evaluation.measure import rows
 from pipeline.evaluation.report import Report, html

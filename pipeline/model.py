@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -36,6 +36,7 @@ from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import SCHEDULES
 
 FILES = ("model.safetensors", "config.json", "card.json")
+SCORED_TOGETHER = 16  # rows of every network call of a score: so its bits do not depend on what is scored beside it
 PIXELS = PixelGrid(levels=256, first=FIRST_LEVEL, bin=PIXEL_BIN)
 
 
@@ -115,6 +116,16 @@ class Sampling:
     options: Annotated[dict[str, Any], "the sampler's own options"] = field(default_factory=dict)
     integer_steps: Annotated[bool, "ask at steps of the schedule's table alone, the nearest to each level"] = False
 
+    @staticmethod
+    def named(how: "Sampling | str | None", options: Mapping[str, Any]) -> "Sampling":
+        """A sampler by its name, or the default one, with options: steps, grid, indices, guidance, and its own."""
+        if isinstance(how, Sampling):
+            _alone(how, options)
+            return how
+        own = {name: value for name, value in options.items() if name not in ("steps", "grid", "indices", "guidance")}
+        general = {name: value for name, value in options.items() if name not in own}
+        return Sampling(how or Sampling.sampler, **general, options=own)
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -122,6 +133,14 @@ class Scoring:
 
     estimator: Annotated[str, "name of the likelihood estimator"] = "vlb"
     options: Annotated[dict[str, Any], "the estimator's own options"] = field(default_factory=dict)
+
+    @staticmethod
+    def named(how: "Scoring | str | None", options: Mapping[str, Any]) -> "Scoring":
+        """An estimator by its name, or the default one, with its options."""
+        if isinstance(how, Scoring):
+            _alone(how, options)
+            return how
+        return Scoring(how or Scoring.estimator, dict(options))
 
 
 class Model:
@@ -305,18 +324,74 @@ class Model:
         return {**own, **{name: value for name, value in how.options.items() if value is not None}}
 
     def sample(
-        self, n: int = 16, labels: Sequence[int] | None = None, seed: int = 0, how: Sampling | None = None
+        self,
+        n: int = 16,
+        labels: Sequence[int] | str | None = None,
+        seed: int | str = 0,
+        how: Sampling | str | None = None,
+        **options: Any,
     ) -> Tensor:
-        """n images, uint8 (n, C, H, W)."""
-        seeds = [key_seed("sample", seed, index) for index in range(n)]
-        return to_pixels(drive(self.sampling(seeds, labels, how), self.networks)).cpu()
+        """n images, uint8 (n, C, H, W).
+
+        how: a `Sampling`, or a sampler's name with options, those of `Sampling` and the sampler's own. The name may
+        stand in the place of labels or seed: `model.sample(16, "heun", steps=18)`.
+
+        Raises:
+            ValueError: an option that there is not, or what the sampler refuses.
+        """
+        known, number, name = _placed(labels, seed, how)
+        seeds = [key_seed("sample", number, index) for index in range(n)]
+        procedure = self.sampling(seeds, known, Sampling.named(name, options))
+        return to_pixels(drive(procedure, self.networks)).cpu()
 
     def bits_per_dim(
-        self, pixels: Tensor, labels: Sequence[int] | None = None, seed: int = 0, how: Scoring | None = None
+        self,
+        pixels: Tensor,
+        labels: Sequence[int] | str | None = None,
+        seed: int | str = 0,
+        how: Scoring | str | None = None,
+        *,
+        chunk: int = SCORED_TOGETHER,
+        **options: Any,
     ) -> Likelihood:
-        """Likelihood of uint8 images (n, C, H, W), bits/dim an image with parts and standard errors."""
-        seeds = [key_seed("score", seed, index) for index in range(len(pixels))]
-        return drive(self.scoring(pixels, seeds, labels, how), self.networks)
+        """Likelihood of uint8 images (n, C, H, W), bits/dim an image with parts and standard errors.
+
+        how: a `Scoring`, or an estimator's name with its options. The name may stand in the place of labels or seed:
+        `model.bits_per_dim(images, "ode", tolerance=1e-3)`. chunk: rows of every network call; with one value of it an
+        image's score is the same to the last bit whatever it is scored with.
+
+        Raises:
+            ValueError: an option that the estimator has not, or what it refuses.
+        """
+        if chunk < 1:
+            raise ValueError(f"bits_per_dim: chunk must be at least 1, got {chunk}")
+        known, number, name = _placed(labels, seed, how)
+        seeds = [key_seed("score", number, index) for index in range(len(pixels))]
+        return drive(self.scoring(pixels, seeds, known, Scoring.named(name, options)), self.networks, chunk)
+
+
+How = TypeVar("How", Sampling, Scoring)
+
+
+def _placed(
+    labels: Sequence[int] | str | None, seed: int | str, how: How | str | None
+) -> tuple[Sequence[int] | None, int, How | str | None]:
+    """Labels, seed and how, the last as a name also from the place of one of the others."""
+    names = [value for value in (labels, seed, how) if isinstance(value, str)]
+    if len(names) > 1 or (names and how is not None and not isinstance(how, str)):
+        raise ValueError(f"give one name or configuration, got {', '.join(map(repr, (*names, how)))}")
+    return (
+        None if isinstance(labels, str) else labels,
+        0 if isinstance(seed, str) else seed,
+        names[0] if names else how,
+    )
+
+
+def _alone(how: object, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where options come beside a configuration that has its own."""
+    if options:
+        kind = type(how).__name__
+        raise ValueError(f"options {', '.join(options)}: a {kind} has its own; give a name with options, or a {kind}")
 
 
 def _scaled(procedure: Procedure[Tensor], factor: float) -> Procedure[Tensor]:

@@ -3,7 +3,7 @@ holds the published settings.
 """
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline.choose import build as build_choice
 from pipeline.config import RunConfig, load_config
 from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
+from pipeline.evaluation.config import EvaluationConfig
 from pipeline.model import Model, Sampling, Scoring, build
 from pipeline.training.step import TrainingModule
 
@@ -173,6 +174,48 @@ def test_cifar10_system(name: str) -> None:
     assert model.learned_variance == (name == "iddpm")
     build_choice(OBJECTIVES, config.objective, "objective")
     assert config.evaluation.samples == 50_000
+
+
+# what an evaluation has of its source: samples, sampler, steps, grid, its options; estimators with every option
+EVALUATION: dict[str, tuple[int, tuple[str, int, str, dict[str, Any]], dict[str, dict[str, Any]]]] = {
+    # Ho et al. 2020: fixed-large variance, x_hat clipped in sampling and in the bound over all steps, Gaussian decoder
+    "ddpm": (
+        50_000,
+        ("ancestral", 1000, "linspace", {"variance": "beta", "clip": 1.0}),
+        {"vlb_discrete": {"variance": "beta", "decoder": "gaussian", "clip": 1.0}},
+    ),
+    # Nichol & Dhariwal 2021: clip_denoised is on in image_sample and image_nll
+    "iddpm": (
+        50_000,
+        ("ancestral", 4000, "linspace", {"variance": "learned", "clip": 1.0}),
+        {"vlb_discrete": {"variance": "learned", "decoder": "gaussian", "clip": 1.0}},
+    ),
+    # Kingma et al. 2021: continuous time, softmax decoder, nothing clipped; 128 times a batch, spread evenly
+    "vdm": (50_000, ("ancestral", 1000, "uniform_t", {}), {"vlb": {"levels": 128, "decoder": "softmax"}}),
+    # Song et al. 2021: RK45 at 1e-5, one fixed Rademacher vector, uniform dequantisation
+    "ddpmpp_subvp": (
+        50_000,
+        ("sde", 1000, "uniform_t", {}),
+        {"ode": {"tolerance": 1e-5, "solver": "dopri5", "trace": "fixed", "dequantisation": "uniform"}},
+    ),
+    # Karras et al. 2022: 18 steps of Heun without churn; they publish no likelihood
+    "edm": (50_000, ("heun", 18, "rho", {"churn": 0.0}), {"ode": {"tolerance": 1e-3}}),
+}
+OURS = {"judge_images", "part", "chunk", "features", "near_copy_share", "resamples", "seed"}  # in no source
+DEMANDS = {"min_agreement", "max_frechet_ratio"}
+
+
+@published
+def test_cifar10_evaluation(name: str) -> None:
+    found, plain = cifar10(name).evaluation, EvaluationConfig()
+    samples, (sampler, steps, levels, options), estimators = EVALUATION[name]
+    assert found.samples == samples
+    assert found.sampling == Sampling(sampler, steps, levels, None, 1.0, options)
+    assert found.estimators == estimators
+    assert found.images == 0, "all held-out images"
+    known = {"samples", "sampling", "estimators", "images", *OURS, *DEMANDS}
+    assert {field.name for field in fields(found)} == known
+    assert all(getattr(found, key) == getattr(plain, key) for key in DEMANDS)
 
 
 @published

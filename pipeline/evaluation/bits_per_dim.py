@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.diffusion.likelihood.estimate import Likelihood
 from pipeline.evaluation.work import Progress, Worker, finish, score_work
-from pipeline.model import Scoring
+from pipeline.model import SCORED_TOGETHER, Scoring
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,15 @@ def score(
     *,
     part: int = 125,
     seed: int = 0,
+    chunk: int = SCORED_TOGETHER,
     progress: Progress | None = None,
 ) -> Scores:
     """Score images uint8 (n, C, H, W), n >= 2, `part` of them at once; image i depends on (seed, i) alone.
 
+    chunk: rows of every network call; for one value of it a score has the same bits for any part.
+
     Raises:
         ValueError: fewer than 2 images, labels that the model has not, an option that the estimator has not.
     """
-    results = finish(worker, score_work(pixels, labels, how, part, seed), progress)
+    results = finish(worker, score_work(pixels, labels, how, part, seed, chunk), progress)
     return joined(how.estimator, [result for result in results if isinstance(result, Likelihood)])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pipeline.model import Sampling
+from pipeline.model import SCORED_TOGETHER, Sampling
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,11 @@ class EvaluationConfig:
     )
     images: Annotated[int, "held-out images that are scored, the first ones; 0: all"] = 0
     judge_images: Annotated[int, "training images, at most, that samples are judged by"] = 20_000
-    part: Annotated[int, "images of one piece of work, the rows of a network call"] = 125
+    part: Annotated[int, "images of one piece of work"] = 125
+    chunk: Annotated[
+        int,
+        "rows of every network call of a score, which does not depend on what else is scored: more is faster on a GPU",
+    ] = SCORED_TOGETHER
     features: Annotated[str, "where the Frechet distance is taken: auto, classifier, pixels"] = "auto"
     near_copy_share: Annotated[float, "share of held-out images counted as near-copies: sets the distance"] = 0.01
     resamples: Annotated[int, "bootstrap resamples of the Frechet distance"] = 200
@@ -29,6 +33,8 @@ class EvaluationConfig:
         for name in ("samples", "judge_images", "part", "resamples"):
             if getattr(self, name) < 2:
                 raise ValueError(f"evaluation.{name} must be at least 2, got {getattr(self, name)}")
+        if self.chunk < 1:
+            raise ValueError(f"evaluation.chunk must be at least 1, got {self.chunk}")
         if self.images < 0 or self.images == 1:
             raise ValueError(f"evaluation.images must be 0 (all) or at least 2, got {self.images}")
         if self.features not in ("auto", "classifier", "pixels"):

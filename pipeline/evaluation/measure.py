@@ -102,6 +102,7 @@ def evaluate(
             Scoring(name, dict(options)),
             part=config.part,
             seed=config.seed,
+            chunk=config.chunk,
             progress=lambda done, name=name: progress(f"bits/dim by {name}", done, count),
         )
     work = sample_work(config.samples, classes, config.sampling, config.part, config.seed)

@@ -13,7 +13,7 @@ from pipeline.diffusion.likelihood.estimate import Likelihood
 from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import key_seed
-from pipeline.model import Model, Sampling, Scoring
+from pipeline.model import SCORED_TOGETHER, Model, Sampling, Scoring
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class SampleWork:
 
 @dataclass(frozen=True)
 class ScoreWork:
-    """Score pixels, uint8 (n, C, H, W)."""
+    """Score pixels, uint8 (n, C, H, W), by network calls of exactly `chunk` rows."""
 
     pixels: Tensor
     seeds: tuple[int, ...]
     labels: tuple[int, ...] | None
     how: Scoring
+    chunk: int = SCORED_TOGETHER
 
     @property
     def images(self) -> int:
@@ -48,15 +49,8 @@ class ScoreWork:
 
     def run(self, model: Model) -> Likelihood:
         """On the CPU."""
-        found = drive(model.scoring(self.pixels, self.seeds, self.labels, self.how), model.networks)
-        return Likelihood(
-            found.nats.cpu(),
-            {name: value.cpu() for name, value in found.parts.items()},
-            {name: value.cpu() for name, value in found.standard_errors.items()},
-            found.evaluations.cpu(),
-            found.dimensions,
-            None if found.solver_error is None else found.solver_error.cpu(),
-        )
+        scoring = model.scoring(self.pixels, self.seeds, self.labels, self.how)
+        return drive(scoring, model.networks, self.chunk).to("cpu")
 
 
 Work = SampleWork | ScoreWork
@@ -113,11 +107,13 @@ def sample_work(n: int, classes: int, how: Sampling, part: int, seed: int) -> li
     ]
 
 
-def score_work(pixels: Tensor, labels: Tensor | None, how: Scoring, part: int, seed: int) -> list[ScoreWork]:
+def score_work(
+    pixels: Tensor, labels: Tensor | None, how: Scoring, part: int, seed: int, chunk: int = SCORED_TOGETHER
+) -> list[ScoreWork]:
     """pixels uint8 (n, C, H, W), labels (n,) or None; image i's estimate depends on (seed, i) and the image alone."""
     seeds = [key_seed("score", seed, index) for index in range(len(pixels))]
     known = None if labels is None else labels.tolist()
     return [
-        ScoreWork(pixels[rows], tuple(seeds[rows]), None if known is None else tuple(known[rows]), how)
+        ScoreWork(pixels[rows], tuple(seeds[rows]), None if known is None else tuple(known[rows]), how, chunk)
         for rows in cuts(len(pixels), part)
     ]

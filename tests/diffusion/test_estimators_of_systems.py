@@ -15,7 +15,7 @@ from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
 from pipeline.diffusion.sampling.grids import explicit_grid, grid
 from pipeline.diffusion.scaling import SCALINGS
 from pipeline.diffusion.schedule import SCHEDULES, LearnedGamma
-from pipeline.model import Model, ModelConfig, Scoring, build
+from pipeline.model import Model, ModelConfig, Sampling, Scoring, build
 from tests.diffusion.likelihood_cases import estimate, gaussian_field, grey_images
 from tests.diffusion.sampler_cases import pairwise
 
@@ -123,3 +123,27 @@ def test_a_law_without_a_table_is_walked_in_even_steps_of_gamma() -> None:
 def test_bad_options_are_named(estimator: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         table_model().bits_per_dim(PIXELS, how=Scoring(estimator, options))
+
+
+def test_by_plain_names() -> None:
+    model = small(ModelConfig(4, 1, classes=3))
+    how = Scoring("ode", {"tolerance": 0.3})
+    expected = model.bits_per_dim(PIXELS, how=how).nats
+    assert torch.equal(model.bits_per_dim(PIXELS, "ode", tolerance=0.3).nats, expected)
+    assert torch.equal(model.bits_per_dim(PIXELS, None, 0, "ode", tolerance=0.3).nats, expected)
+    labelled = model.bits_per_dim(PIXELS, [1, 2], how=how).nats
+    assert torch.equal(model.bits_per_dim(PIXELS, [1, 2], "ode", tolerance=0.3).nats, labelled)
+    made = model.sample(2, [1, 2], 0, Sampling("ddim", 4, options={"eta": 0.5}))
+    assert torch.equal(model.sample(2, [1, 2], "ddim", steps=4, eta=0.5), made)
+    assert torch.equal(model.sample(2, labels=[1, 2], how="ddim", steps=4, eta=0.5), made)
+    assert torch.equal(model.sample(2, steps=4), model.sample(2, "heun", steps=4))
+    for call, message in (
+        (lambda: model.sample(2, "huen"), "did you mean 'heun'"),
+        (lambda: model.sample(2, "heun", eta=0.5), "no option 'eta'"),
+        (lambda: model.bits_per_dim(PIXELS, "ode", levels=3), "no option 'levels'"),
+        (lambda: model.bits_per_dim(PIXELS, "ode", how="vlb"), "give one name"),
+        (lambda: model.bits_per_dim(PIXELS, how=how, tolerance=0.1), "a Scoring has its own"),
+        (lambda: model.bits_per_dim(PIXELS, chunk=0), "chunk must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -175,12 +175,34 @@ def test_every_term_of_a_table(law: LinearBeta | Cosine) -> None:
 
 def test_learned_variance_spans_beta_tilde_to_beta() -> None:
     x, facts = grey_images(3, 4), process()
-    for head, name in ((-1.0, "posterior"), (1.0, "beta")):
+    for head, name in ((-1.0, "posterior"), (1.0, "beta_throughout")):
         for decoder in ("softmax", "gaussian"):
             options: dict[str, Any] = {"steps": 30, "decoder": decoder}
             learned = estimate("vlb_discrete", Shrink(0.3, head), x, facts=facts, variance="learned", **options)
             fixed = estimate("vlb_discrete", Shrink(0.3), x, facts=facts, variance=name, **options)
             torch.testing.assert_close(learned.nats, fixed.nats, rtol=1e-12, atol=1e-9)
+
+
+class Still:
+    """x_hat = 0.1, whatever is asked."""
+
+    def __call__(self, y: Tensor, gamma: Tensor, conditioning: Conditioning, shared: object = None) -> Prediction:
+        return Prediction(torch.full_like(y, 0.1))
+
+
+@pytest.mark.parametrize(("variance", "index"), [("beta", 1), ("posterior", 1), ("beta_throughout", 0)])
+def test_decoders_variance_is_that_of_the_original_code(variance: str, index: int) -> None:
+    """Ho et al.'s fixed-large is (beta-tilde_1, beta_1, ..., beta_T-1), indices from 0; ours throughout has beta_0."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    abar = torch.cumprod(1 - betas, 0)
+    expected = betas[0] if index == 0 else betas[1] * (1 - abar[0]) / (1 - abar[1])
+    law, x = LinearBeta(1000), (0.1 * 128 + 0.5 + torch.arange(4.0).view(1, 1, 2, 2)).floor() / 128 - 1 / 256
+    facts = Process("vp", law.gamma_min, law.gamma_max, prior_variance("vp", law.gamma_max))
+    options: dict[str, Any] = {"variance": variance, "decoder": "gaussian", "terms": 2}
+    found = estimate("vlb_discrete", Still(), x, facts=facts, gammas=grid("linspace", law, 1000), **options)
+    bins = Normal(0.1, expected.sqrt())
+    mass = bins.cdf(x.double() + 1 / 256) - bins.cdf(x.double() - 1 / 256)
+    assert float(found.parts["reconstruction"]) == pytest.approx(float(-mass.log().sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("scaling", list(SCALINGS))
@@ -250,7 +272,7 @@ def test_parts_sum_and_rows_do_not_matter() -> None:
         ("vlb_discrete", {"terms": 1}, "terms must be at least 2"),
         ("vlb_discrete", {"steps": 2}, "steps must be at least 3"),
         ("vlb_discrete", {"variance": "learned"}, "needs a network with a variance head"),
-        ("vlb_discrete", {"variance": "fixed"}, "choose one of: posterior, beta, learned"),
+        ("vlb_discrete", {"variance": "fixed"}, "choose one of: posterior, beta, beta_throughout, learned"),
         ("vlb_discrete", {"gammas": torch.tensor([1.0, 2.0, 3.0])}, "strictly descending"),
         ("vlb_discrete", {"gammas": torch.tensor([4.0, 4.0, 3.0])}, "strictly descending"),
         ("vlb_discrete", {"gammas": torch.tensor([9.0, 2.0, 1.0])}, "9.0000..1.0000 leave"),

@@ -24,6 +24,7 @@ from pipeline.diffusion.likelihood.estimate import (
     repeat_rows,
     sum_parts,
 )
+from pipeline.diffusion.likelihood.series import Strata, Sum, controlled, series_variance
 from pipeline.diffusion.procedure import Answer, Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.rows import row_sum, shaped
@@ -32,38 +33,6 @@ from pipeline.diffusion.scaling import SCALINGS, prior_variance, step_variance
 Importance = str | Tensor | Sequence[float]  # of the steps of a bound: a name, or positive weights, one a step
 
 FEW_STEPS, REPEATS = 8, 4  # of a bound of fewer steps each is asked so often: neighbours tell no standard error there
-
-# --- sums over levels ---------------------------------------------------------------------------------------------
-
-
-def series_variance(terms: Tensor) -> Variance:
-    """Of the sum of k > 1 independent terms (n, k) whose means vary smoothly, by their second differences.
-
-    A second difference of equal variances v has variance 6 v; overlapping as they are, k of them have 18/35 k degrees
-    of freedom, and fewer the more unequal the terms are.
-    """
-    n, k = terms.shape
-    if k == 2:
-        return Variance(terms.diff(dim=1)[:, 0] ** 2, torch.ones(n, dtype=terms.dtype, device=terms.device))
-    each = terms.diff(n=2, dim=1) ** 2 / 6
-    total, squares = row_sum(each), row_sum(each**2)
-    freedom = torch.where(squares > 0, 54 / 35 * total**2 / squares, math.inf)
-    return Variance(total * (k / (k - 2)), freedom.clamp(min=1))
-
-
-def controlled(terms: Tensor, weights: Tensor, squares: Tensor, dimensions: int) -> Tensor:
-    """Terms (n, k) less a control variate |eps|^2 (n, k), of mean D.
-
-    Unbiased, since a term's coefficient is made of its neighbours alone. weights: (n, k), known factors: at low noise a
-    term is close to its weight x |eps|^2 x something smooth.
-    """
-    k = terms.shape[1]
-    if k < 3:
-        return terms
-    ratio = terms / (weights * squares)
-    around = torch.cat([ratio[:, 1:2], (ratio[:, :-2] + ratio[:, 2:]) / 2, ratio[:, -2:-1]], dim=1)
-    return terms - weights * around * (squares - dimensions)
-
 
 # (answer, clean images (m, ...), what the level's row says (m, facts)) -> (m,) nats
 Measure = Callable[[Answer, Tensor, Tensor], Tensor]
@@ -306,19 +275,19 @@ def _probabilities(importance: Importance, gaps: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def _pick_terms(setting: _Setting, gaps: Tensor, terms: int | None, importance: Importance) -> tuple[Tensor, Tensor]:
-    """Which steps each image is asked, (n, k), and the factor of each, (n, k)."""
+def _pick_terms(setting: _Setting, gaps: Tensor, terms: int | None, importance: Importance) -> tuple[Tensor, Strata]:
+    """Which steps each image is asked, (n, k), and out of which."""
     n = len(setting.x)
     if terms is None:
-        every = repeat_rows(len(gaps), setting.repeats, gaps).expand(n, -1)
-        return every, torch.full(every.shape, 1 / setting.repeats, dtype=torch.float64, device=gaps.device)
+        every = Strata.every(len(gaps), setting.repeats, gaps)
+        return every.steps[:, 0].expand(n, -1), every
     if terms < 2:
         raise ValueError(f"likelihood: terms must be at least 2, got {terms}: one gives no standard error")
     p = _probabilities(importance, gaps)
     place = setting.noise.uniform_(torch.empty(n, terms, dtype=torch.float64, device=gaps.device))
     stratum = (torch.arange(terms, device=gaps.device) + place) / terms
     chosen = torch.searchsorted(p.cumsum(0), stratum, right=True).clamp(max=len(gaps) - 1)
-    return chosen, 1 / (terms * p[chosen])
+    return chosen, Strata.of(p, terms)
 
 
 def _discrete(
@@ -334,12 +303,12 @@ def _discrete(
 ) -> Procedure[Likelihood]:
     """gammas ascending, steps (len - 1, 4) of them; the last move, from gammas[0] to the image, is the decoder's."""
     gaps, steps = gammas.diff().to(setting.x.device), steps.to(setting.x.device)
-    chosen, factor = _pick_terms(setting, gaps, terms, importance)
+    chosen, strata = _pick_terms(setting, gaps, terms, importance)
     measuring = _measure_levels(setting, steps[chosen], step_divergence(variance))
     values, squares = yield from clipped(measuring, setting.clip)
-    values = values * factor
-    if control:
-        values = controlled(values, factor * 0.5 * torch.expm1(gaps[chosen]), squares, setting.dimensions)
+    values, levels = values * strata.factor[chosen], gammas[1:].to(gaps.device)
+    weights = strata.factor * 0.5 * torch.expm1(gaps)
+    found = Sum(values, squares, chosen, strata, weights, levels, setting.dimensions, control)
     first, last = float(gammas[0]), float(gammas[-1])
     log_beta = upper_log_variance(setting.process, first)
     # beta-tilde of the last move is 0: the one before it stands in (Nichol & Dhariwal 2021)
@@ -347,9 +316,10 @@ def _discrete(
     decoding = _reconstruction(setting, first, decoder, decoder_draws, variance, (log_tilde, log_beta))
     reconstruction, spread, evaluations = yield from clipped(decoding, setting.clip)
     prior = prior_term(setting.x, last, prior_variance(setting.process.scaling, last))
+    values = found.estimates()
     parts = {"prior": prior, "steps": row_sum(values), "reconstruction": reconstruction}
     repeated = terms is None and setting.repeats > 1
-    sampled = _repeated(values, setting.repeats) if repeated else series_variance(values)
+    sampled = _repeated(values, setting.repeats) if repeated else found.variance()
     return _finish(setting, parts, sampled + spread, values.shape[1] + evaluations)
 
 
@@ -390,7 +360,9 @@ def vlb_discrete(
     gammas: the levels, strictly descending as a sampler's grid; without it `steps` levels uniform in gamma.
     spacing: 't' for VDM's own bound of T = `steps` steps, i/T to (i - 1)/T in t for i = 1..T, from T = 1 on, whatever
         the law; each of fewer than 8 is asked 4 times.
-    variance: 'posterior' (beta-tilde), 'beta', or 'learned' (IDDPM's interpolation by the network's variance head).
+    variance: 'posterior' (beta-tilde); 'beta', DDPM's fixed-large, whose Gaussian decoder has beta-tilde of the first
+        step as the authors' code has; 'beta_throughout', with beta_1 there; or 'learned' (IDDPM's interpolation by the
+        network's variance head).
     terms: evaluations an image, each at a step drawn by `importance` ('uniform', 'gamma': by the step's width, or
         positive weights, one a step, from noise-free to noise); None for every step.
     decoder: 'softmax' or 'gaussian' (DDPM's, of the model's variance, with `decoder_draws` more evaluations).

@@ -112,17 +112,39 @@ def _learned(low: Tensor, high: Tensor, head: Tensor | None) -> Tensor:
     return torch.lerp(low, high, (head.double() + 1) / 2)
 
 
-# log variance from log beta-tilde, log beta and the network's head v in about [-1, 1] (Nichol & Dhariwal 2021, eq. 15)
-VARIANCES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
-    "posterior": lambda low, high, head: low,
-    "beta": lambda low, high, head: high,
-    "learned": _learned,
+@dataclass(frozen=True)
+class StepVariance:
+    """log variance from log beta-tilde, log beta and the network's head v in about [-1, 1]: of a step, and of the last.
+
+    The last move is the decoder's; its own beta-tilde is 0, and that of the step before stands for it.
+    """
+
+    step: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    last: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _low(low: Tensor, high: Tensor, head: Tensor | None) -> Tensor:
+    return low
+
+
+def _high(low: Tensor, high: Tensor, head: Tensor | None) -> Tensor:
+    return high
+
+
+# 'beta' is DDPM's fixed-large, whose decoder has the small variance (Ho et al. 2020, the authors' code);
+# 'learned' is eq. 15 of Nichol & Dhariwal 2021
+VARIANCES: dict[str, StepVariance] = {
+    "posterior": StepVariance(_low, _low),
+    "beta": StepVariance(_high, _low),
+    "beta_throughout": StepVariance(_high, _high),
+    "learned": StepVariance(_learned, _learned),
 }
 
 
-def mix_log_variance(variance: str, low: Tensor, high: Tensor, head: Tensor | None) -> Tensor:
-    """The model's log variance of a step, by name."""
-    return choose(VARIANCES, variance, "variance")(low, high, head)
+def mix_log_variance(variance: str, low: Tensor, high: Tensor, head: Tensor | None, *, last: bool = False) -> Tensor:
+    """The model's log variance of a step, or of the last one, by name."""
+    rule = choose(VARIANCES, variance, "variance")
+    return (rule.last if last else rule.step)(low, high, head)
 
 
 # --- decoders ----------------------------------------------------------------------------------------------------
@@ -157,7 +179,7 @@ def gaussian_decoder(task: DecoderTask) -> Procedure[Tensor]:
     level = torch.full((len(task.y),), task.gamma, dtype=torch.float64, device=task.y.device)
     answer = yield Query(task.y, level, task.conditioning)
     low, high = (torch.full_like(task.y, value) for value in task.log_variances)
-    std = torch.exp(mix_log_variance(task.variance, low, high, answer.variance) / 2)
+    std = torch.exp(mix_log_variance(task.variance, low, high, answer.variance, last=True) / 2)
     if isinstance(task.pixels, Continuous):
         return row_sum(log_normal_density(answer.x_hat.double(), std, task.index))
     return row_sum(log_bin_probability(answer.x_hat.double(), std, task.index, task.pixels))

@@ -1,13 +1,51 @@
 """What a likelihood estimator returns, and what all of them share."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.rows import row_sum
+
+Z_95 = 1.959963984540054  # half-width of a 95% interval, in standard errors
+NEARLY_NORMAL = 1000.0  # degrees of freedom from which the expansion about the normal is exact to 1e-11
+
+
+@lru_cache(maxsize=1)
+def _gauss_legendre(points: int = 48) -> tuple[Tensor, Tensor]:
+    """Nodes and weights (points,) on [0, 1] (Golub & Welsch 1969)."""
+    n = torch.arange(1, points, dtype=torch.float64)
+    side = torch.diag(n / torch.sqrt(4 * n**2 - 1), 1)
+    nodes, vectors = cast(tuple[Tensor, Tensor], torch.linalg.eigh(side + side.T))  # pyright: ignore
+    return (nodes + 1) / 2, vectors[0] ** 2
+
+
+def t_95(freedom: Tensor) -> Tensor:
+    """Half-width of Student's 95% interval in standard errors, elementwise, freedom >= 1, not only whole, and inf.
+
+    With t = sqrt(freedom) tan(angle) the probability is an integral of cos(angle)^(freedom - 1) from 0, concave, which
+    Newton's method solves from the left; from NEARLY_NORMAL on Fisher's expansion about the normal.
+    """
+    z = Z_95
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    expansion = sum((term / freedom**power for power, term in enumerate(terms, 1)), torch.full_like(freedom, z))
+    few = freedom.clamp(1, NEARLY_NORMAL)
+    nodes, weights = (value.to(freedom.device) for value in _gauss_legendre())
+    scale = 2 / math.sqrt(math.pi) * torch.exp(torch.lgamma((few + 1) / 2) - torch.lgamma(few / 2))
+    angle = torch.zeros_like(few)
+    for _ in range(40):
+        power = torch.cos(angle[..., None] * nodes) ** (few[..., None] - 1)
+        missing = 0.95 / scale - angle * (power * weights).sum(-1)
+        angle = angle + missing / torch.cos(angle) ** (few - 1)
+    return torch.where(freedom > NEARLY_NORMAL, expansion, few.sqrt() * torch.tan(angle))
 
 
 @dataclass(frozen=True)
@@ -43,18 +81,21 @@ class Likelihood:
 
     @property
     def interval(self) -> tuple[Tensor, Tensor]:
-        """Ends of each image's 95% interval, nats: Student's t, by its expansion about the normal."""
-        z = 1.959963984540054
-        half = self.standard_error * z
-        if self.freedom is not None:
-            terms = (
-                (z**3 + z) / 4,
-                (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-                (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-            )
-            widening = sum((term / self.freedom**power for power, term in enumerate(terms, 1)), torch.zeros_like(half))
-            half = half + self.standard_error * widening
+        """Ends of each image's 95% interval, nats: Student's t of `freedom`."""
+        half = self.standard_error * (Z_95 if self.freedom is None else t_95(self.freedom))
         return self.nats - half, self.nats + half
+
+    def to(self, device: torch.device | str) -> "Likelihood":
+        """The same on a device."""
+        return replace(
+            self,
+            nats=self.nats.to(device),
+            parts={name: value.to(device) for name, value in self.parts.items()},
+            standard_errors={name: value.to(device) for name, value in self.standard_errors.items()},
+            evaluations=self.evaluations.to(device),
+            solver_error=None if self.solver_error is None else self.solver_error.to(device),
+            freedom=None if self.freedom is None else self.freedom.to(device),
+        )
 
     @property
     def bits_per_dim_standard_error(self) -> Tensor:
@@ -89,6 +130,20 @@ def mean_and_variance(values: Tensor) -> tuple[Tensor, Variance]:
     mean = row_sum(values) / k
     variance = row_sum((values - mean[:, None]) ** 2) / (k * (k - 1))
     return mean, Variance(variance, torch.full_like(variance, k - 1))
+
+
+def log_mean_variance(logs: Tensor) -> Variance:
+    """Of log mean exp(logs) over independent values (n, k), k > 1, by the jackknife (Tukey 1958).
+
+    To first order it would be that of the weights' mean, which cannot exceed 1 where one weight outweighs the others.
+    Degrees of freedom: half of the number of weights in effect less one, since its error goes with the value's.
+    """
+    k = logs.shape[1]
+    own = torch.eye(k, dtype=torch.bool, device=logs.device)
+    without = torch.logsumexp(logs[:, None].expand(-1, k, -1).masked_fill(own, -math.inf), 2)
+    variance = mean_and_variance(without)[1].value * (k - 1) ** 2
+    in_effect = 1 / row_sum(torch.softmax(logs, 1) ** 2)
+    return Variance(variance, ((in_effect - 1) / 2).clamp(min=1))
 
 
 def repeat_rows(n: int, times: int, like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pipeline.diffusion.likelihood.estimate import (
     Likelihood,
     Variance,
     check_input,
+    log_mean_variance,
     mean_and_variance,
     repeat_rows,
     sum_parts,
@@ -209,8 +210,8 @@ def ode(
     variance = _dequantisation_variance(nats, y, end.x_hat, index[rows], process.gamma_min, names, pixels)
     if importance:
         means["importance"] = math.log(samples) - torch.logsumexp(-nats, 1) - sum_parts(means)
-        if samples > 1:  # of the log of a mean, to first order
-            variance = mean_and_variance(weights * samples)[1]
+        if samples > 1:
+            variance = log_mean_variance(-nats)
     spread = Variance.known(row_sum(weights**2 * end.probe_variance.view(n, samples)))
     return Likelihood(
         sum_parts(means),

@@ -199,7 +199,7 @@ def _spread(pair: Pair, diagonals: list[Tensor]) -> Tensor:
         if weight and diagonals[stage].shape[1]:
             a, b = sorted((i for i in range(len(nodes)) if i != stage), key=lambda i: abs(nodes[i] - nodes[stage]))[:2]
             share = (nodes[stage] - nodes[a]) / (nodes[b] - nodes[a]) if nodes[a] != nodes[b] else 0.0
-            others = torch.lerp(diagonals[a], diagonals[b], share)
+            others = diagonals[a] + share * (diagonals[b] - diagonals[a])  # torch.lerp's bits depend on the place
             total = total + weight**2 * trace_variance(diagonals[stage], others)
     return total
 

@@ -151,7 +151,7 @@ class Terms:
         mean = x[rows].double() - s * (residual.detach() if self.stop_mean else residual)
         low, high = (torch.full_like(mean, value) for value in decoder_log_variances(table, scaling))
         head = None if regression.variance is None else regression.variance[rows]
-        std = torch.exp(mix_log_variance(self.variance, low, high, head) / 2)
+        std = torch.exp(mix_log_variance(self.variance, low, high, head, last=True) / 2)
         return -log_bin_probability(mean, std, index, self.pixels).flatten(1).mean(1)
 
 
@@ -212,9 +212,9 @@ class DiscreteVLB:
     after each step; `state_dict` belongs in a checkpoint.
     """
 
-    variance: Annotated[str, "of the model's steps: posterior (beta-tilde; DDIM's with eta), beta or learned"] = (
-        "posterior"
-    )
+    variance: Annotated[
+        str, "of the model's steps: posterior (beta-tilde; DDIM's with eta), beta, beta_throughout or learned"
+    ] = "posterior"
     eta: Annotated[float, "variance posterior: DDIM's eta; 1 is DDPM"] = 1.0
     decoder: Annotated[str, "the last term: gaussian (N(x_hat, variance) over each bin) or softmax"] = "gaussian"
     importance: Annotated[bool, "draw steps in proportion to the size of their losses"] = False

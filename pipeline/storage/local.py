@@ -43,9 +43,11 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = path  # a full disk, a quota: the system does not say of which file
         raise
     sync_folder(folder)
 

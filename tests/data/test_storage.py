@@ -205,3 +205,17 @@ def test_a_first_failure_is_tried_again_at_once_unless_the_store_has_too_much_to
     assert s3.delay(1, ConnectionError()) == 0
     assert 0 < s3.delay(1, busy) <= s3.FIRST_DELAY_S
     assert s3.delay(20, busy) <= s3.LONGEST_DELAY_S
+
+
+def test_a_full_disk_is_said_with_the_path(tmp_path: Path) -> None:
+    """Where a file may grow no further; nothing is left of it."""
+    import resource
+
+    path, limits = tmp_path / "large.bin", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            storage.write_bytes(str(path), bytes(1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ LARGEST_LATENT = 1e3  # in standard deviations of the prior
 RANGES = {
     "eta": (0.0, 10.0),
     "lam": (0.0, 10.0),
+    "sigma_1": (0.0, 1.0),
     "churn": (0.0, LARGEST),  # clamped to what the levels allow
     "churn_min": (0.0, LARGEST),  # of the noise levels to raise: compared, nothing more
     "churn_max": (0.0, LARGEST),

@@ -160,14 +160,14 @@ def reverse_diffusion_moves(grid: Sequence[float]) -> list[Move]:
     return [Move(part, math.sqrt(math.exp(g_t) * part)) for g_t, part in zip(grid, fractions, strict=False)]
 
 
-LARGEST_LAM = 100.0
+LARGEST_LAM = 10.0
 
 
 def lams(grid: Sequence[float], lam: float | Sequence[float] | str, process: Process | None = None) -> list[float]:
     """lam at the start of each move: one value, one a move, or a formula of t, gamma and s = sigma / alpha.
 
     Raises:
-        ValueError: a value outside 0..100, another number of them, no formula, or one without the model's time law.
+        ValueError: a value outside 0..10, another number of them, no formula, or one without the model's time law.
     """
     count = len(grid) - 1
     if isinstance(lam, str):

@@ -62,9 +62,7 @@ class Host:
         settings = {"RAYDIFFUSION_STATE": f"{self.folder}/{self.name}", "RAYDIFFUSION_USER": "nobody", **more}
         return self.run("bash", str(root / "infra" / name), *words, timeout=timeout, environment=settings)
 
-    def run(
-        self, *words: str, timeout: float = 120, environment: Mapping[str, str] | None = None
-    ) -> Done:
+    def run(self, *words: str, timeout: float = 120, environment: Mapping[str, str] | None = None) -> Done:
         env = {**clean_environment(), **(environment or {})}
         command = self.command("env", "-C", str(ROOT), *words)
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
@@ -118,9 +116,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     folder = Path(tempfile.mkdtemp(prefix="rd-", dir="/tmp"))  # short: Ray's sockets lie below it
     folder.chmod(0o777)
     addresses = {name: f"10.77.0.{at}" for at, name in enumerate(NAMES, 1)}
-    (folder / "hosts").write_text(
-        "127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in addresses.items())
-    )
+    (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in addresses.items()))
     (folder / "hosts").chmod(0o644)
     started = [_first_process(folder, name) for name in NAMES]
     try:

@@ -57,7 +57,7 @@ def nodes(address: str) -> list[Node]:
         PermissionError: it refuses the token.
     """
     from ray._private.state import GlobalState
-    from ray._raylet import GcsClientOptions
+    from ray._raylet import GcsClientOptions  # pyright: ignore[reportAttributeAccessIssue] # compiled
     from ray.exceptions import RaySystemError
 
     host, _, port = address.rpartition(":")

@@ -11,8 +11,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,6 +60,25 @@ def write_digits(folder: Path) -> int:
         path.write_bytes(codecs.encode_png(image[:, :, None]))
     building.rename(folder)  # the folder appears whole or not at all
     return len(pixels)
+
+
+def write_images(url: str) -> int:
+    """`write_digits` at any URL; on S3 a file that is there already is written once more."""
+    local = storage.local_path(url)
+    if local is not None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        return write_digits(local)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "images"
+        count = write_digits(folder)
+        files = sorted(folder.rglob("*.png"))
+
+        def upload(file: Path) -> None:
+            storage.write_bytes(storage.join(url, file.relative_to(folder).as_posix()), file.read_bytes())
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(upload, files))
+    return count
 
 
 @dataclass
@@ -297,11 +318,16 @@ def main() -> None:
         prog="python -m jobs.quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"values laid on top of {RUN_FILE}")
+    parser.add_argument("--images-only", action="store_true", help="write the images at shard.source, and nothing else")
     parser.add_argument("--keep", action="store_true", help="leave the endpoint running")
     args = parser.parse_intermixed_args()
 
     def job() -> None:
         config = load_config(RUN_FILE, args.overrides)
+        if args.images_only:
+            count = write_images(config.shard.source)
+            cli.console.print(f"{count:,} scans of digits in {config.shard.source}", soft_wrap=True)
+            return
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if cores < config.cluster.fewest_workers:
             config = replace(config, cluster=replace(config.cluster, workers=1))

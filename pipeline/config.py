@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
+from pipeline import places
 from pipeline.data.making.shards import ShardConfig
 from pipeline.data.reading.stream import StreamConfig
 from pipeline.evaluation import EvaluationConfig
@@ -80,6 +81,10 @@ class RunConfig:
     shard: ShardConfig
     stream: StreamConfig
     model: ModelConfig
+    root: Annotated[
+        str | None,
+        "folder that all nodes see, or s3://bucket/prefix: relative paths of this file lie there; null: here",
+    ] = None
     seed: Annotated[int, "keys the order of samples and every random draw"] = 0
     init: Annotated[
         str | None, "start from these weights: models:/NAME@alias, a model directory or a diffusers folder; null: fresh"
@@ -164,7 +169,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not YAML, an override that is not `key=value`, or anything `from_plain` refuses.
+        ValueError: not YAML, an override that is not `key=value`, anything `from_plain` refuses, or, in a submitted
+            job, a path that only this process would find.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no run file at {path}; complete ones are in jobs/configs/")
@@ -172,7 +178,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(text, overrides, path)
+    config = parse(text, overrides, path)
+    if places.in_submitted_job():
+        places.refuse_private(to_plain(config))
+    return config
 
 
 def parse(text: str, overrides: Sequence[str], source: str) -> RunConfig:
@@ -187,7 +196,8 @@ def parse(text: str, overrides: Sequence[str], source: str) -> RunConfig:
         raise ValueError(f"{source}: expected sections (name, output, shard, ...), got {type(values).__name__}")
     for path, value in sorted(map(_override, overrides), key=lambda item: item[0][-1] != "name"):  # a new choice first
         values = _laid(values, path, value, RunConfig)
-    return from_plain(typing.cast(Section, values), source)
+    config = from_plain(typing.cast(Section, values), source)
+    return config if config.root is None else from_plain(places.under(config.root, to_plain(config)), source)
 
 
 def _override(text: str) -> tuple[list[str], Any]:

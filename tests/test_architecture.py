@@ -65,12 +65,14 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch"},
     ),
+    "pipeline/places.py": (set(), set()),
     "pipeline/config.py": (
         {
             "pipeline.data",
             "pipeline.storage",
             "pipeline.evaluation",
             "pipeline.model",
+            "pipeline.places",
             "pipeline.serving",
             "pipeline.training",
         },

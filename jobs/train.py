@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 
 from jobs import cli
+from jobs.grace import said_at_start
 from jobs.progress import bar
 from jobs.terminal import Terminal
 from pipeline.cluster.session import prepare_environment, session
@@ -39,6 +40,8 @@ def run(config: RunConfig, *, local: bool = False) -> say.Finished:
             def sinks(event: say.Event) -> None:
                 tracked.handle(event)
                 terminal.handle(event)
+                if isinstance(event, say.Started) and (note := said_at_start(config.output, event.parameters)):
+                    cli.console.print(f"  warning: {note}", soft_wrap=True)
 
             finished = _train_here(config, sinks) if local else _fit(config, sinks)
         status = "FINISHED" if finished.complete else "KILLED"

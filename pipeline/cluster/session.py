@@ -6,7 +6,8 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ QUIET = {
 LISTEN_S = 10.0
 STARTS = 3
 LATE = "timed out during startup"  # of what Ray says where its node is not there after 30 s
+OPEN = (
+    "warning: the Ray cluster at {address} asks for no token: whoever reaches its ports runs code there as its user "
+    "(infra/cluster.sh starts one that asks)"
+)
+_made_tokens: set[str] = set()
 
 
 def prepare_environment() -> None:
@@ -36,6 +42,12 @@ def prepare_environment() -> None:
     known = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if mode == "token" and not known and not (Path.home() / ".ray" / "auth_token").is_file():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        _made_tokens.add(os.environ["RAY_AUTH_TOKEN"])
+
+
+def asks_for_no_token(environment: Mapping[str, str] = os.environ) -> bool:
+    """Of the cluster that has just been joined: none was shown, or one that was made up here and that it cannot know."""
+    return environment.get("RAY_AUTH_MODE") != "token" or environment.get("RAY_AUTH_TOKEN") in _made_tokens
 
 
 @contextmanager
@@ -63,6 +75,8 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
         except ConnectionError as error:
             hint = "" if os.environ.get("RAY_AUTH_TOKEN") else " (or it asks for another token: set RAY_AUTH_TOKEN)"
             raise ConnectionError(f"no Ray cluster answers at {address}{hint}: {error}") from error
+        if asks_for_no_token():
+            print(OPEN.format(address=address), file=sys.stderr, flush=True)
     else:
         _start_here(None if cpus is None else max(1, int(cpus)))
     try:

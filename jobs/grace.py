@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Mapping
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.places import in_submitted_job
 
 VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"  # read where `ray start` runs; what it submits inherits it
@@ -24,9 +24,9 @@ def warning(output: str, parameters: int, environment: Mapping[str, str] = os.en
     if needed_s < wait_s:
         return None
     return (
-        f"a checkpoint of about {size / 2**30:.2f} GiB takes some {needed_s:.0f} s to write at {output}, and `ray job "
-        f"stop` kills after {wait_s:g} s: restart Ray's head with {VARIABLE}={2 * int(needed_s) + 10} (infra/cluster.sh "
-        f"takes it from the environment), or lose what came after the newest checkpoint"
+        f"a checkpoint of about {size / 2**30:.2f} GiB takes some {needed_s:.0f} s to write at {output}, and "
+        f"`ray job stop` kills after {wait_s:g} s: restart Ray's head with {VARIABLE}={2 * int(needed_s) + 10} "
+        f"(infra/cluster.sh takes it from the environment), or lose what came after the newest checkpoint"
     )
 
 

@@ -46,7 +46,7 @@ def prepare_environment() -> None:
 
 
 def asks_for_no_token(environment: Mapping[str, str] = os.environ) -> bool:
-    """Of the cluster that has just been joined: none was shown, or one that was made up here and that it cannot know."""
+    """Of the cluster that has just been joined: none was shown, or one made up here that it cannot know."""
     return environment.get("RAY_AUTH_MODE") != "token" or environment.get("RAY_AUTH_TOKEN") in _made_tokens
 
 

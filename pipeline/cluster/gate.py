@@ -1,7 +1,8 @@
 """What a request passes in the process of Ray Serve's HTTP proxy, before Ray hands it on: Ray itself reads a body of
 any size, for any time, and its server waits for ever for the end of a header.
 
-Ray calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it in the environment of `ray start`.
+Ray calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it in the environment of `ray start`. A
+session that we start has it there.
 
 """
 

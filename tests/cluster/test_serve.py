@@ -112,6 +112,14 @@ def test_a_closed_connection_ends_its_work(endpoint: str, stream: bool) -> None:
     assert status()["load"]["live"] == 0  # counted when it was over
 
 
+def test_the_gate_stands_in_the_proxy(endpoint: str) -> None:
+    host, _, port = endpoint.removeprefix("http://").partition(":")
+    head = f"POST {GENERATE} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n".encode()
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head + b"x-request-id: \xff\r\ncontent-length: 12\r\n\r\n" + b'{"steps": 2}')
+        assert connection.recv(12) == b"HTTP/1.1 400"  # Ray's own proxy fails: 500
+
+
 def test_a_request_outlives_its_replica(client: httpx.Client) -> None:
     fields = {"n": 2, "seed": 9, "steps": 400, "sampler": "ddim"}
     expected = client.post(GENERATE, json=fields).json()["data"]

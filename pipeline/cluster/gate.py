@@ -3,7 +3,6 @@ any size, for any time, and its server waits for ever for the end of a header.
 
 Ray calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it in the environment of `ray start`. A
 session that we start has it there.
-
 """
 
 import asyncio

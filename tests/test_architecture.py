@@ -15,6 +15,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/choose.py": (set(), set()),
     "pipeline/folders.py": (set(), {"torch", "safetensors"}),
     "pipeline/diffusion": ({"pipeline.choose"}, {"torch", "jaxtyping"}),
+    "pipeline/text": (
+        {"pipeline.choose", "pipeline.folders"},
+        {"torch", "safetensors", "tokenizers", "sentencepiece"},
+    ),
     "pipeline/backbones": ({"pipeline.choose", "pipeline.diffusion"}, {"torch", "jaxtyping"}),
     "pipeline/storage": (set(), {"numpy", "boto3", "botocore", "pyarrow"}),
     "pipeline/data/formats": ({"pipeline.choose"}, {"numpy", "cv2", "isal", "PIL", "simplejpeg"}),

@@ -65,7 +65,9 @@ def test_two_ranks_share_the_global_batch(made: Callable[..., Manifest]) -> None
     for shards in (2, 4):
         want = own(done, 8, logical_shards=shards)
         ranks = [
-            list(islice(pipeline.data.webdataset(done.url, seed=3, rank=r, world=2, batch=8, logical_shards=shards), 12))
+            list(
+                islice(pipeline.data.webdataset(done.url, seed=3, rank=r, world=2, batch=8, logical_shards=shards), 12)
+            )
             for r in range(2)
         ]
         for step, batch in enumerate(want):

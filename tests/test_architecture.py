@@ -35,7 +35,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets", "pipeline.data.config"},
         {"torch", "numpy", "pyarrow", "webdataset"},
     ),
-    "pipeline/data/__init__.py": ({"pipeline.data"}, {"webdataset"}),
+    "pipeline/data/__init__.py": ({"pipeline.data"}, set()),
     "pipeline/training": (
         {"pipeline.choose", "pipeline.diffusion", "pipeline.backbones", "pipeline.data", "pipeline.storage"},
         {"torch", "numpy", "safetensors"},

@@ -1,15 +1,12 @@
 """Shard sets: making them, what they are, reading them in an exact order."""
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from webdataset.compat import FluidWrapper
+from typing import Any
 
 
 def webdataset(
     url: str, *, seed: int = 0, rank: int = 0, world: int = 1, batch: int = 128, start: int = 0, **options: Any
-) -> "FluidWrapper":
-    """The exact stream as an endless WebDataset pipeline, for a training loop of one's own.
+) -> Any:
+    """The exact stream as an endless WebDataset pipeline (a `FluidWrapper`), for a training loop of one's own.
 
     loader = DataLoader(pipeline.data.webdataset(url, batch=64).to_tuple("images", "labels"), batch_size=None)
 

@@ -103,4 +103,4 @@ def test_settings_out_of_range_are_refused_by_name(made: Callable[..., Manifest]
     ]
     for values, reason in wrong:
         with pytest.raises((ValueError, OSError), match=reason):
-            pipeline.data.webdataset(**{"url": done.url} | values)
+            pipeline.data.webdataset(values.pop("url", done.url), **values)

@@ -18,7 +18,7 @@ FIELDS = ("images", "labels", "ids", "tags", "captions")
 SETTINGS = dict.fromkeys(name for name in StreamConfig.__dataclass_fields__ if name != "url")
 
 
-def webdataset(url: str, place: tuple[int, int], start: int, settings: dict[str, Any]) -> FluidWrapper:
+def webdataset(url: str, place: tuple[int, int], start: int, settings: dict[str, Any]) -> Any:  # its stubs know no iteration
     """place: rank and world; settings: of `StreamConfig`.
 
     Raises:
@@ -32,7 +32,8 @@ def webdataset(url: str, place: tuple[int, int], start: int, settings: dict[str,
     for name in settings:
         choose(SETTINGS, name, "setting of the stream")
     usual = StreamConfig.logical_shards
-    config = StreamConfig(url, **{"logical_shards": world if usual % world else usual} | settings)
+    values: dict[str, Any] = {"logical_shards": world if usual % world else usual} | settings
+    config = StreamConfig(url, **values)
     if config.logical_shards % world:
         raise ValueError(f"world must divide logical_shards; got {world} and {config.logical_shards}")
     return FluidWrapper(partial(_batches, config, manifests.load(url), place, start))

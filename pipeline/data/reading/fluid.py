@@ -18,7 +18,9 @@ FIELDS = ("images", "labels", "ids", "tags", "captions")
 SETTINGS = dict.fromkeys(name for name in StreamConfig.__dataclass_fields__ if name != "url")
 
 
-def webdataset(url: str, place: tuple[int, int], start: int, settings: dict[str, Any]) -> Any:  # its stubs know no iteration
+def webdataset(
+    url: str, place: tuple[int, int], start: int, settings: dict[str, Any]
+) -> Any:  # its stubs know no iteration
     """place: rank and world; settings: of `StreamConfig`.
 
     Raises:

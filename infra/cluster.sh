@@ -102,6 +102,7 @@ supervise() { # the node's first process, which adopts what loses its parent: as
     set -m # else all that is started here would ignore SIGINT, by which Ray cancels a task
     trap 'asked=yes' TERM INT
     export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-120}"
+    export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=pipeline.cluster.gate:middlewares # bounds what clients may send
     export AUTOSCALER_METRIC_PORT=$((first + 8)) DASHBOARD_METRIC_PORT=$((first + 9))
     cd "$state"
     ulimit -Sn "$(ulimit -Hn)" || true

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jobs import cli
 from pipeline.choose import build as build_choice
+from pipeline.conditioner import numbered
 from pipeline.config import RunConfig
 from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.objectives.objective import OBJECTIVES
@@ -41,14 +42,17 @@ def estimate(config: RunConfig) -> Estimate:
     denoiser = build(config.model).to(device)
     autocast = torch.bfloat16 if config.training.precision == "bf16" else None
     module = TrainingModule(
-        denoiser, build_choice(OBJECTIVES, config.objective, "objective"), config.model.classes, autocast
+        denoiser,
+        build_choice(OBJECTIVES, config.objective, "objective"),
+        numbered(config.model.condition, config.model.classes),
+        autocast,
     )
     size = config.stream.shard_batch
     if gpus and device.type == "cpu":
         size = min(size, ROWS_WITHOUT_GPU)
-    labels = torch.zeros(size, dtype=torch.int64) if config.model.classes else None
+    labels, tags = torch.zeros(size, dtype=torch.int64), torch.zeros(size, config.model.classes, dtype=torch.uint8)
     images = torch.randint(256, (size, *config.model.shape), dtype=torch.uint8)
-    batch = Batch(0, 0, images, labels, torch.arange(size))
+    batch = Batch(0, 0, images, labels, torch.arange(size), tags)
     keys = [StepKey(config.seed, 0, 0, config.stream.logical_shards)]
     saved: dict[int, int] = {}
 

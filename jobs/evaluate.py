@@ -82,9 +82,9 @@ def _measure(config: RunConfig, model: Model, local: bool) -> Evaluation:
     with phases("images") as progress:
         return evaluate(
             _worker(config, model, local),
-            config.model.classes,
-            Labelled(train.images, train.labels),
-            Labelled(held.images, held.labels),
+            model.conditioner,
+            Labelled(train.images, train.labels, train.tags),
+            Labelled(held.images, held.labels, held.tags),
             config.evaluation,
             progress,
         )

@@ -4,9 +4,10 @@ Image i follows from the model, the seed and i alone. A run that was cut off goe
 bytes; run again, it verifies what is there and makes damaged shards again. The sampler is `evaluation.sampling`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, cast
 
 from jobs import cli
 from jobs.evaluate import model_url
@@ -33,14 +34,17 @@ def run(
     url: str | None = None,
     images: int = IMAGES,
     seed: int = 0,
-    labels: Sequence[int] | None = None,
+    asked: Mapping[str, Any] | None = None,
     local: bool = False,
 ) -> Manifest:
     """The finished set at `url`, else at OUTPUT/samples. Needs a Ray session unless `local`."""
     prepare_environment()
     model = model or load_model(model_url(config), _device(config, local))
     place = url or storage.join(config.output, "samples")
-    made, work = generated_set(place, model, images, seed, labels, config.evaluation.sampling, config.serving.chunk)
+    rows = max((len(value) for value in (asked or {}).values()), default=0)
+    conditioning = model.asked(rows, **asked) if asked else None
+    how, chunk = config.evaluation.sampling, config.serving.chunk
+    made, work = generated_set(place, model, images, seed, conditioning, how, chunk)
     found = generated.standing(made)
     if found is None:
         done = generated.finished(made)
@@ -85,13 +89,17 @@ def _worker(config: RunConfig, model: Model, local: bool) -> Worker:
     return cast(Worker, ray_worker(model, 1.0, config.cluster.gpus_per_worker))
 
 
-def _labels(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels must be class numbers with commas between them, got '{text}'") from None
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line asks of the images in turn."""
+    asked: dict[str, Any] = {}
+    if args.labels is not None:
+        try:
+            asked["labels"] = [int(part) for part in args.labels.split(",")]
+        except ValueError:
+            raise ValueError(f"--labels must be class numbers with commas between them, got '{args.labels}'") from None
+    if args.tags:
+        asked["tags"] = [[tag for tag in text.split(",") if tag] for text in args.tags]
+    return asked
 
 
 def main() -> None:
@@ -101,19 +109,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"how many [{IMAGES}]")
     parser.add_argument("--seed", type=int, default=0, help="image i follows from it and i alone [0]")
     parser.add_argument("--labels", metavar="K,...", help="classes in turn, -1 for no class [all classes]")
+    parser.add_argument("--tags", action="append", metavar="T,...", help="tags of an image; again: of the next in turn")
     parser.add_argument("--local", action="store_true", help="one process, no Ray")
     args = parser.parse_intermixed_args()
 
     def job() -> None:
         import pipeline
 
-        config, labels = load_config(args.run_file, args.overrides), _labels(args.labels)
+        config, asked = load_config(args.run_file, args.overrides), _asked(args)
         model = None
         if args.model:
             device = _device(config, args.local)
             model = pipeline.load(args.model, device=device, tracking_uri=config.tracking.uri)
         with nullcontext() if args.local else session(config.cluster.address):
-            run(config, model, url=args.to, images=args.images, seed=args.seed, labels=labels, local=args.local)
+            run(config, model, url=args.to, images=args.images, seed=args.seed, asked=asked, local=args.local)
 
     cli.main(job)
 

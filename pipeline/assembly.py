@@ -11,6 +11,7 @@ from torch import Tensor
 import pipeline
 from pipeline import interchange, storage
 from pipeline.choose import build as build_choice
+from pipeline.conditioner import NAMES_OF, numbered
 from pipeline.data.reading.stream import Images, Stream, StreamConfig, held_out, thread_stream
 from pipeline.data.sets.manifest import Manifest
 from pipeline.data.sets.manifest import load as load_manifest
@@ -85,7 +86,7 @@ def assemble(
         config=config.training,
         denoiser=denoiser,
         objective=build_choice(OBJECTIVES, config.objective, "objective"),
-        classes=config.model.classes,
+        conditioner=numbered(config.model.condition, config.model.classes),
         open_batches=lambda step: open_stream(
             config.stream, manifest, place.shards(config.stream.logical_shards), step
         ),
@@ -157,10 +158,15 @@ def fits(model: ModelConfig, manifest: Manifest) -> None:
             f"model takes images of (channels, height, width) {model.shape}, the shard set at {manifest.url} has "
             f"{manifest.image.shape}: change model.size and model.channels, or shard it anew"
         )
-    if model.classes and len(manifest.class_names) != model.classes:
-        raise RunError(
-            f"model.classes is {model.classes}, the shard set at {manifest.url} has {len(manifest.class_names)} classes"
-        )
+    names = names_of(model, manifest)
+    if model.classes and len(names) != model.classes:
+        what = "classes" if model.condition == "labels" else model.condition
+        raise RunError(f"model.classes is {model.classes}, the shard set at {manifest.url} has {len(names)} {what}")
+
+
+def names_of(model: ModelConfig, manifest: Manifest) -> tuple[str, ...]:
+    """The set's names of what the model is told: its classes, or its tags."""
+    return manifest.class_names if model.condition == "labels" else manifest.names.tags
 
 
 def start_from(denoiser: Denoiser, config: ModelConfig, url: str, tracking_uri: str | None) -> None:
@@ -204,19 +210,18 @@ class Held:
         )
         for rows in torch.arange(count).split(SCORED_AT_ONCE)[place.rank :: place.world]:
             seeds = [key_seed("held-out", index) for index in rows.tolist()]
-            labels = None if self.images.labels is None or not model.config.classes else self.images.labels[rows]
+            told = model.conditioner.of(self.images)[rows]
             seen: list[tuple[Tensor, Tensor]] = []
-            scoring = model.scoring(self.images.images[rows], seeds, labels, how)
+            scoring = model.scoring(self.images.images[rows], seeds, told, how)
             scoring = _watched(scoring, to_model(self.images.images[rows].to(model.device)), seen)
             found.bits_per_dim[rows] = drive(scoring, model.networks).bits_per_dim.double().cpu()
             found.gamma[rows], found.error[rows] = (torch.cat(columns, 1).cpu() for columns in zip(*seen, strict=True))
         return found
 
     def sample(self, denoiser: Denoiser) -> Tensor:
-        """A grid's images, uint8 (n, C, H, W), classes in turn, the same seeds every time."""
+        """A grid's images, uint8 (n, C, H, W), classes or tags in turn, the same seeds every time."""
         model, count = Model(self.config.model, denoiser), self.config.training.sample_images
-        labels = [i % model.config.classes for i in range(count)] if model.config.classes else None
-        return model.sample(count, labels)
+        return model.sampled(model.conditioner.in_turn(range(count)), count)
 
 
 def _watched(scoring: Procedure[Likelihood], x: Tensor, seen: list[tuple[Tensor, Tensor]]) -> Procedure[Likelihood]:
@@ -255,7 +260,7 @@ def export(config: "RunConfig", manifest: Manifest, mlflow_run: str = "") -> str
         "label_dropout": config.training.label_dropout,
         "seed": config.seed,
         "data": {"url": manifest.url, "digest": manifest.digest, "samples": manifest.card["samples"]},
-        "class_names": list(manifest.class_names),
+        NAMES_OF[config.model.condition]: list(names_of(config.model, manifest)),
         "mlflow_run": mlflow_run,
         "version": pipeline.__version__,
     }

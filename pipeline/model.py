@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline import backbones, storage
 from pipeline.choose import build as build_choice
 from pipeline.choose import choose
+from pipeline.conditioner import KINDS, NAMES_OF, Conditioner, numbered
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.guidance import autoguidance, classifier_free
@@ -46,7 +47,10 @@ class ModelConfig:
 
     size: Annotated[int, "image height and width, pixels"]
     channels: Annotated[int, "colour channels: 1 or 3"] = 3
-    classes: Annotated[int, "number of classes; 0 for an unconditional model"] = 0
+    classes: Annotated[int, "number of classes, or of tags; 0 for an unconditional model"] = 0
+    condition: Annotated[str, "what the network is told of an image: labels (its class), tags (any of several)"] = (
+        "labels"
+    )
     network: Annotated[dict[str, Any], "backbone: name (unet, vdm, dit) and its options"] = field(
         default_factory=lambda: {"name": "unet"}
     )
@@ -71,6 +75,7 @@ class ModelConfig:
             raise ValueError(f"model.channels must be 1 or 3, got {self.channels}")
         if self.classes < 0:
             raise ValueError(f"model.classes must be 0 or more, got {self.classes}")
+        choose(KINDS, self.condition, "model.condition")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -118,12 +123,13 @@ class Sampling:
 
     @staticmethod
     def named(how: "Sampling | str | None", options: Mapping[str, Any]) -> "Sampling":
-        """A sampler by its name, or the default one, with options: steps, grid, indices, guidance, and its own."""
+        """A sampler by its name, or the default one, with options: those of `Sampling`, and its own."""
         if isinstance(how, Sampling):
             _alone(how, options)
             return how
-        own = {name: value for name, value in options.items() if name not in ("steps", "grid", "indices", "guidance")}
-        general = {name: value for name, value in options.items() if name not in own}
+        fields = ("steps", "grid", "indices", "guidance", "integer_steps")
+        general = {name: value for name, value in options.items() if name in fields}
+        own = {name: value for name, value in options.items() if name not in general}
         return Sampling(how or Sampling.sampler, **general, options=own)
 
 
@@ -168,24 +174,27 @@ class Model:
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    def conditioning(self, labels: Sequence[int] | Tensor | None, n: int) -> Conditioning:
-        """Labels as the network takes them: one an image, -1 or None for no class.
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """What the model is told; names by its card, else numbers."""
+        names = self.card.get(NAMES_OF[self.config.condition])
+        if isinstance(names, list) and len(names) == self.config.classes:
+            return Conditioner(self.config.condition, tuple(map(str, names)))
+        return numbered(self.config.condition, self.config.classes)
+
+    def asked(self, n: int, **fields: Any) -> Conditioning:
+        """What is asked of n images: `labels=` or `tags=`, whichever the model is told.
 
         Raises:
-            ValueError: labels for a model without classes, a wrong count, or a class out of range.
+            ValueError: a field that it is not told, a wrong count, a name or number that it does not know.
         """
-        if self.config.classes == 0:
-            if labels is not None and any(int(label) >= 0 for label in labels):
-                raise ValueError("labels: this model has no classes")
-            return Conditioning()
-        label = torch.full((n,), -1) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-        if label.shape != (n,):
-            raise ValueError(f"labels: need one an image, {n}, got shape {tuple(label.shape)}")
-        if n and not (int(label.min()) >= -1 and int(label.max()) < self.config.classes):
-            raise ValueError(
-                f"labels must lie in 0..{self.config.classes - 1}, or be -1 for no class; got {label.tolist()}"
-            )
-        return Conditioning(label.to(self.device))
+        return self.conditioner.asked(n, fields)
+
+    def _told(self, conditioning: Conditioning | None, n: int) -> Conditioning:
+        told = self.conditioner.nothing(n) if conditioning is None else conditioning
+        if told.rows not in (0, n):
+            raise ValueError(f"conditioning: need one row an image, {n}, got {told.rows}")
+        return told.to(self.device)
 
     def levels(self, how: Sampling) -> Tensor:
         """The levels that `how` queries, gamma float64, descending."""
@@ -199,7 +208,7 @@ class Model:
     def sampling(
         self,
         seeds: Sequence[int],
-        labels: Sequence[int] | Tensor | None = None,
+        conditioning: Conditioning | None = None,
         how: Sampling | None = None,
         *,
         latents: Tensor | None = None,
@@ -214,7 +223,7 @@ class Model:
         `strength` in (0, 1] of the steps is still to go.
         """
         how = how or Sampling()
-        conditioning = self.conditioning(labels, len(seeds))
+        conditioning = self._told(conditioning, len(seeds))
         noise = Noise(seeds, self.device)
         process, levels = self.denoiser.process, self.levels(how)
         if how.integer_steps:
@@ -246,7 +255,7 @@ class Model:
         return (classifier_free if self.guide is None else autoguidance)(procedure, how.guidance)
 
     def encoding(
-        self, pixels: Tensor, labels: Sequence[int] | Tensor | None = None, how: Sampling | None = None
+        self, pixels: Tensor, conditioning: Conditioning | None = None, how: Sampling | None = None
     ) -> Procedure[Tensor]:
         """The procedure that carries uint8 images (n, C, H, W) up the probability flow to their latents, float32
         (n, C, H, W), near N(0, I) for images like the trained ones. `sampling` with the same `how` leads back as steps
@@ -259,7 +268,7 @@ class Model:
         encoder = choose(ENCODERS, how.sampler, "deterministic sampler")
         levels = self.levels(how)
         self.denoiser.process.check_levels(levels)
-        conditioning = self.conditioning(labels, len(pixels))
+        conditioning = self._told(conditioning, len(pixels))
         up = encoder(self._clean(pixels, len(pixels)), levels.flip(0), conditioning, **how.options)
         return _scaled(up, 1 / self._latent_unit(levels))
 
@@ -280,7 +289,7 @@ class Model:
         self,
         pixels: Tensor,
         seeds: Sequence[int],
-        labels: Sequence[int] | Tensor | None = None,
+        conditioning: Conditioning | None = None,
         how: Scoring | None = None,
     ) -> Procedure[Likelihood]:
         """The procedure that scores uint8 images (n, C, H, W); image i's estimate depends on seeds[i] alone."""
@@ -288,7 +297,7 @@ class Model:
         x = self._clean(pixels, len(pixels))
         estimator = choose(ESTIMATORS, how.estimator, "estimator")
         options = self.scoring_options(how)
-        conditioning = self.conditioning(labels, len(pixels))
+        conditioning = self._told(conditioning, len(pixels))
         noise = Noise(seeds, self.device)
         return estimator(x, self.denoiser.process, noise, conditioning, pixels=PIXELS, **options)
 
@@ -326,65 +335,55 @@ class Model:
     def sample(
         self,
         n: int = 16,
-        labels: Sequence[int] | str | None = None,
-        seed: int | str = 0,
         how: Sampling | str | None = None,
+        *,
+        seed: int = 0,
+        labels: int | Sequence[int] | Tensor | None = None,
+        tags: Sequence[str] | Sequence[Sequence[str]] | None = None,
         **options: Any,
     ) -> Tensor:
         """n images, uint8 (n, C, H, W).
 
-        how: a `Sampling`, or a sampler's name with options, those of `Sampling` and the sampler's own. The name may
-        stand in the place of labels or seed: `model.sample(16, "heun", steps=18)`.
+        how: a `Sampling`, or a sampler's name with options, those of `Sampling` and the sampler's own:
+        `model.sample(16, "heun", steps=18)`. labels, tags: what is asked of the images, of all or one each.
 
         Raises:
-            ValueError: an option that there is not, or what the sampler refuses.
+            ValueError: an option that there is not, what the sampler refuses, or what the model cannot be asked for.
         """
-        known, number, name = _placed(labels, seed, how)
-        seeds = [key_seed("sample", number, index) for index in range(n)]
-        procedure = self.sampling(seeds, known, Sampling.named(name, options))
-        return to_pixels(drive(procedure, self.networks)).cpu()
+        procedure = Sampling.named(how, options)
+        return self.sampled(self.asked(n, labels=labels, tags=tags), n, procedure, seed)
+
+    def sampled(self, conditioning: Conditioning, n: int, how: Sampling | None = None, seed: int = 0) -> Tensor:
+        """As `sample`, of what `conditioning` asks."""
+        seeds = [key_seed("sample", seed, index) for index in range(n)]
+        return to_pixels(drive(self.sampling(seeds, conditioning, how), self.networks)).cpu()
 
     def bits_per_dim(
         self,
         pixels: Tensor,
-        labels: Sequence[int] | str | None = None,
-        seed: int | str = 0,
         how: Scoring | str | None = None,
         *,
+        seed: int = 0,
+        labels: int | Sequence[int] | Tensor | None = None,
+        tags: Sequence[str] | Sequence[Sequence[str]] | None = None,
         chunk: int = SCORED_TOGETHER,
         **options: Any,
     ) -> Likelihood:
         """Likelihood of uint8 images (n, C, H, W), bits/dim an image with parts and standard errors.
 
-        how: a `Scoring`, or an estimator's name with its options. The name may stand in the place of labels or seed:
-        `model.bits_per_dim(images, "ode", tolerance=1e-3)`. chunk: rows of every network call; with one value of it an
-        image's score is the same to the last bit whatever it is scored with.
+        how: a `Scoring`, or an estimator's name with its options: `model.bits_per_dim(images, "ode", tolerance=1e-3)`.
+        chunk: rows of every network call; with one value of it an image's score is the same to the last bit whatever
+        it is scored with.
 
         Raises:
-            ValueError: an option that the estimator has not, or what it refuses.
+            ValueError: an option that the estimator has not, what it refuses, or what the model is not told.
         """
         if chunk < 1:
             raise ValueError(f"bits_per_dim: chunk must be at least 1, got {chunk}")
-        known, number, name = _placed(labels, seed, how)
-        seeds = [key_seed("score", number, index) for index in range(len(pixels))]
-        return drive(self.scoring(pixels, seeds, known, Scoring.named(name, options)), self.networks, chunk)
-
-
-How = TypeVar("How", Sampling, Scoring)
-
-
-def _placed(
-    labels: Sequence[int] | str | None, seed: int | str, how: How | str | None
-) -> tuple[Sequence[int] | None, int, How | str | None]:
-    """Labels, seed and how, the last as a name also from the place of one of the others."""
-    names = [value for value in (labels, seed, how) if isinstance(value, str)]
-    if len(names) > 1 or (names and how is not None and not isinstance(how, str)):
-        raise ValueError(f"give one name or configuration, got {', '.join(map(repr, (*names, how)))}")
-    return (
-        None if isinstance(labels, str) else labels,
-        0 if isinstance(seed, str) else seed,
-        names[0] if names else how,
-    )
+        scoring, n = Scoring.named(how, options), len(pixels)
+        seeds = [key_seed("score", seed, index) for index in range(n)]
+        asked = self.asked(n, labels=labels, tags=tags)
+        return drive(self.scoring(pixels, seeds, asked, scoring), self.networks, chunk)
 
 
 def _alone(how: object, options: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 from pipeline import backbones
 from pipeline.backbones.published import PUBLISHED
 from pipeline.choose import build as build_choice
+from pipeline.conditioner import numbered
 from pipeline.config import RunConfig, load_config
 from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
@@ -36,7 +37,9 @@ def test_a_step_lowers_the_loss_and_the_model_samples_and_scores(path: Path) -> 
     config = load_config(str(path), ["model.network.base_width=16", "model.network.dropout=0"])
     torch.manual_seed(0)
     denoiser = build(config.model)
-    module = TrainingModule(denoiser, build_choice(OBJECTIVES, config.objective, "objective"), config.model.classes)
+    module = TrainingModule(
+        denoiser, build_choice(OBJECTIVES, config.objective, "objective"), numbered("labels", config.model.classes)
+    )
     optimizer = torch.optim.Adam(denoiser.parameters(), 2e-3)
     pixels = torch.full((16, *config.model.shape), 200, dtype=torch.uint8)  # what can be learnt in a few steps
     labels = torch.arange(16) % 10
@@ -53,10 +56,10 @@ def test_a_step_lowers_the_loss_and_the_model_samples_and_scores(path: Path) -> 
     model = Model(config.model, denoiser)
     how = config.evaluation.sampling
     few = Sampling(how.sampler, 5, how.grid, None, 1.0, how.options)
-    made = model.sample(2, [1, 2], how=few)
+    made = model.sample(2, few, labels=[1, 2])
     assert made.shape == (2, *config.model.shape)
     for estimator, options in config.evaluation.estimators.items():
-        found = model.bits_per_dim(pixels[:2], [1, 2], how=Scoring(estimator, {**options, **FEW[estimator]}))
+        found = model.bits_per_dim(pixels[:2], Scoring(estimator, {**options, **FEW[estimator]}), labels=[1, 2])
         assert torch.isfinite(found.bits_per_dim).all()
 
 

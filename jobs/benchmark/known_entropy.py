@@ -26,6 +26,7 @@ from jobs.progress import bar
 from pipeline import __version__
 from pipeline.choose import build as build_choice
 from pipeline.choose import choose
+from pipeline.conditioner import numbered
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser, Process
 from pipeline.diffusion.likelihood.estimators import ESTIMATORS
@@ -95,7 +96,7 @@ def train(field: QuantisedField, how: Training, progress: Progress = _silent) ->
     count = sum(p.numel() for p in denoiser.parameters())
     if count > PARAMETERS:
         raise AssertionError(f"the network has {count} parameters, more than {PARAMETERS}")
-    module = TrainingModule(denoiser, OBJECTIVES["vlb"](), classes=0)
+    module = TrainingModule(denoiser, OBJECTIVES["vlb"](), numbered("labels", 0))
     optimizer = AdamW(module.named_parameters(), (0.9, 0.99), 0.01)
     average = EMA(denoiser)
     recent = 0.0

@@ -23,6 +23,7 @@ from pipeline.backbones.published import PUBLISHED
 from pipeline.backbones.table import Architecture
 from pipeline.backbones.unet import UNetConfig
 from pipeline.choose import choose
+from pipeline.conditioner import numbered
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.objective import OBJECTIVES
@@ -236,7 +237,7 @@ def our_loop(args: Namespace) -> Contestant:
         config,
         Denoiser(network, SCHEDULES["linear_beta"](), Parameterization("eps", "vp"), level="step_index"),
         OBJECTIVES["weighted"](),
-        architecture.classes,
+        numbered("labels", architecture.classes),
         lambda step: Endless(given),
         args.batch,
         logical_shards=1,

@@ -37,16 +37,22 @@ def paired(angle: Tensor, order: EmbeddingOrder) -> Tensor:
 
 
 def label_embedding(table: nn.Embedding | None, conditioning: Conditioning) -> Tensor | None:
-    """(n, width): rows of `table`, zeros where the label is `NO_LABEL`; None if nothing is asked for.
+    """(n, width): the row of `table` of each image's label, or the sum of its tags' rows; zeros for an unconditional
+    row; None if nothing is asked for.
 
     Raises:
-        ValueError: labels were given to a network that was built without classes.
+        ValueError: labels or tags were given to a network that was built without classes.
     """
-    label = conditioning.label
+    label, tags = conditioning.label, conditioning.tags
+    if table is None and (label is not None or tags is not None):
+        given = "labels" if tags is None else "tags"
+        raise ValueError(f"{given} were given to a network without classes: pass none, or build it with classes > 0")
+    if table is None:
+        return None
+    if tags is not None:
+        return tags.to(table.weight.dtype) @ table.weight
     if label is None:
         return None
-    if table is None:
-        raise ValueError("labels were given to a network without classes: pass no labels, or build it with classes > 0")
     return table(label.clamp(min=0)) * (label >= 0)[:, None]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood.estimate import Likelihood
 from pipeline.evaluation.work import Progress, Worker, finish, score_work
 from pipeline.model import SCORED_TOGETHER, Scoring
@@ -64,7 +65,7 @@ def joined(estimator: str, found: Sequence[Likelihood]) -> Scores:
 def score(
     worker: Worker,
     pixels: Tensor,
-    labels: Tensor | None,
+    conditioning: Conditioning,
     how: Scoring,
     *,
     part: int = 125,
@@ -77,7 +78,7 @@ def score(
     chunk: rows of every network call; for one value of it a score has the same bits for any part.
 
     Raises:
-        ValueError: fewer than 2 images, labels that the model has not, an option that the estimator has not.
+        ValueError: fewer than 2 images, an option that the estimator has not.
     """
-    results = finish(worker, score_work(pixels, labels, how, part, seed, chunk), progress)
+    results = finish(worker, score_work(pixels, conditioning, how, part, seed, chunk), progress)
     return joined(how.estimator, [result for result in results if isinstance(result, Likelihood)])

@@ -27,10 +27,12 @@ PCA_IMAGES = 5_000
 
 @dataclass(frozen=True)
 class Labelled:
-    """Real images of a split: uint8 (n, C, H, W), and their classes (n,) int64, None where the set has none."""
+    """Real images of a split: uint8 (n, C, H, W), and their classes (n,) int64 and tags (n, K), None where the set has
+    none."""
 
     images: Tensor
     labels: Tensor | None
+    tags: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.choose import choose
+from pipeline.conditioner import Conditioner
 from pipeline.diffusion.likelihood.estimators import ESTIMATORS
 from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.evaluation.bits_per_dim import Scores, score
@@ -78,34 +79,39 @@ class Row:
 
 def evaluate(
     worker: Worker,
-    classes: int,
+    conditioner: Conditioner,
     train: Labelled,
     held_out: Labelled,
     config: EvaluationConfig,
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
-    """Measure the model that `worker` runs, of `classes` classes, against real images.
+    """Measure the model that `worker` runs, which is told what `conditioner` says, against real images.
 
     Raises:
         ValueError: what the model, an estimator or a measure refuses.
     """
+    classes = len(conditioner.names) if conditioner.condition == "labels" else 0
     if problems := unmeasurable(config, classes if train.labels is not None else 0, len(held_out.images)):
         raise ValueError("; ".join(problems))
     count = len(held_out.images) if config.images == 0 else min(config.images, len(held_out.images))
-    known = held_out.labels if classes and held_out.labels is not None else None
+    known = conditioner.nothing(count)
+    if conditioner.kind.of(held_out) is not None:
+        known = conditioner.of(held_out)[:count]
     scores: dict[str, Scores] = {}
     for name, options in config.estimators.items():
         scores[name] = score(
             worker,
             held_out.images[:count],
-            None if known is None else known[:count],
+            known,
             Scoring(name, dict(options)),
             part=config.part,
             seed=config.seed,
             chunk=config.chunk,
             progress=lambda done, name=name: progress(f"bits/dim by {name}", done, count),
         )
-    work = sample_work(config.samples, classes, config.sampling, config.part, config.seed)
+    work = sample_work(
+        config.samples, conditioner.in_turn(range(config.samples)), config.sampling, config.part, config.seed
+    )
     made = finish(worker, work, lambda done: progress("samples", done, config.samples))
     samples = torch.cat([images for images in made if isinstance(images, Tensor)])
     asked = torch.arange(config.samples) % classes if classes else None

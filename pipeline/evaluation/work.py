@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood.estimate import Likelihood
 from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.procedure import drive
@@ -18,10 +19,10 @@ from pipeline.model import SCORED_TOGETHER, Model, Sampling, Scoring
 
 @dataclass(frozen=True)
 class SampleWork:
-    """Make one image a seed, of class labels[i] (None: the model has no classes)."""
+    """Make one image a seed; conditioning: what is asked of each."""
 
     seeds: tuple[int, ...]
-    labels: tuple[int, ...] | None
+    conditioning: Conditioning
     how: Sampling
 
     @property
@@ -30,7 +31,7 @@ class SampleWork:
 
     def run(self, model: Model) -> Tensor:
         """uint8 (n, C, H, W), on the CPU."""
-        return to_pixels(drive(model.sampling(self.seeds, self.labels, self.how), model.networks)).cpu()
+        return to_pixels(drive(model.sampling(self.seeds, self.conditioning, self.how), model.networks)).cpu()
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ScoreWork:
 
     pixels: Tensor
     seeds: tuple[int, ...]
-    labels: tuple[int, ...] | None
+    conditioning: Conditioning
     how: Scoring
     chunk: int = SCORED_TOGETHER
 
@@ -49,7 +50,7 @@ class ScoreWork:
 
     def run(self, model: Model) -> Likelihood:
         """On the CPU."""
-        scoring = model.scoring(self.pixels, self.seeds, self.labels, self.how)
+        scoring = model.scoring(self.pixels, self.seeds, self.conditioning, self.how)
         return drive(scoring, model.networks, self.chunk).to("cpu")
 
 
@@ -98,22 +99,17 @@ def cuts(n: int, part: int) -> list[slice]:
     return [slice(start, min(start + part, n)) for start in range(0, n, part)]
 
 
-def sample_work(n: int, classes: int, how: Sampling, part: int, seed: int) -> list[SampleWork]:
-    """n samples, classes in turn; image i depends on (seed, i) and its class alone."""
+def sample_work(n: int, conditioning: Conditioning, how: Sampling, part: int, seed: int) -> list[SampleWork]:
+    """n samples; image i depends on (seed, i) and on what is asked of it alone."""
     seeds = [key_seed("sample", seed, index) for index in range(n)]
-    labels = [index % classes for index in range(n)] if classes else None
-    return [
-        SampleWork(tuple(seeds[rows]), None if labels is None else tuple(labels[rows]), how) for rows in cuts(n, part)
-    ]
+    return [SampleWork(tuple(seeds[rows]), conditioning[rows], how) for rows in cuts(n, part)]
 
 
 def score_work(
-    pixels: Tensor, labels: Tensor | None, how: Scoring, part: int, seed: int, chunk: int = SCORED_TOGETHER
+    pixels: Tensor, conditioning: Conditioning, how: Scoring, part: int, seed: int, chunk: int = SCORED_TOGETHER
 ) -> list[ScoreWork]:
-    """pixels uint8 (n, C, H, W), labels (n,) or None; image i's estimate depends on (seed, i) and the image alone."""
+    """pixels uint8 (n, C, H, W); image i's estimate depends on (seed, i) and the image alone."""
     seeds = [key_seed("score", seed, index) for index in range(len(pixels))]
-    known = None if labels is None else labels.tolist()
     return [
-        ScoreWork(pixels[rows], tuple(seeds[rows]), None if known is None else tuple(known[rows]), how, chunk)
-        for rows in cuts(len(pixels), part)
+        ScoreWork(pixels[rows], tuple(seeds[rows]), conditioning[rows], how, chunk) for rows in cuts(len(pixels), part)
     ]

@@ -11,7 +11,8 @@ from pipeline.serving.refusals import RequestError
 def parse_form(content_type: str, body: bytes) -> tuple[dict[str, Any], list[bytes]]:
     """The fields of a multipart/form-data body (RFC 7578), and the files in its `images` parts, in order.
 
-    `labels`, `seed` and `options` are read as JSON. The body is in memory already, its size limited by the caller.
+    `labels`, `tags`, `seed` and `options` are read as JSON. The body is in memory already, its size limited by the
+    caller.
 
     Raises:
         RequestError: no boundary, a malformed part, a field given twice, or a file under another name.
@@ -49,7 +50,7 @@ def _headers(data: bytes) -> Message:
 def _form_value(name: str, content: bytes) -> Any:
     try:
         text = content.decode("utf-8")
-        return loads(text) if name in ("labels", "seed", "options") else text
+        return loads(text) if name in ("labels", "tags", "seed", "options") else text
     except (ValueError, RecursionError) as error:
         raise RequestError(f"'{name[:64]}' cannot be read: {str(error)[:200]}", name[:64]) from None
 

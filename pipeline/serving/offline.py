@@ -16,12 +16,12 @@ from pipeline.choose import choose
 from pipeline.data.making.generated import ENCODING, GeneratedSet, write_slice
 from pipeline.data.making.slices import SliceDone
 from pipeline.data.sets.manifest import ImageSpec
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.randomness import key_seed
 from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import Model, Sampling
 from pipeline.serving.engine import Engine
-from pipeline.serving.plans import class_names
 
 MOST_SAMPLES = 512  # a shard: what a killed task loses at most, and the step of the progress
 SHARD_BYTES = 64 << 20  # of pixels
@@ -30,12 +30,12 @@ LIVE_CHUNKS = 4  # chunks of images in progress at once
 
 @dataclass(frozen=True)
 class SliceWork:
-    """Makes one slice's images and writes their shard. labels: of all images in turn, None where they have none."""
+    """Makes one slice's images and writes their shard. asked: of the images in turn, a row each."""
 
     made: GeneratedSet
     index: int
     seed: int
-    labels: tuple[int, ...] | None
+    asked: Conditioning
     how: Sampling
     chunk: int
 
@@ -47,13 +47,15 @@ class SliceWork:
     def run(self, model: Model) -> SliceDone:
         """Raises NotFinite where the network or the sampler comes to NaN, ValueError for what the sampler refuses."""
         rows = self.made.indices(self.index)
-        labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in rows]
-        pixels = sampled(model, [key_seed("sample", self.seed, i) for i in rows], labels, self.how, self.chunk)
-        return write_slice(self.made, self.index, pixels, labels if self.made.class_names else None)
+        turn = torch.tensor([i % max(1, self.asked.rows) for i in rows])
+        asked = self.asked[turn]
+        pixels = sampled(model, [key_seed("sample", self.seed, i) for i in rows], asked, self.how, self.chunk)
+        labels = asked.label.tolist() if asked.label is not None and self.made.class_names else None
+        return write_slice(self.made, self.index, pixels, labels)
 
 
 def sampled(
-    model: Model, seeds: Sequence[int], labels: Sequence[int] | None, how: Sampling, chunk: int
+    model: Model, seeds: Sequence[int], asked: Conditioning, how: Sampling, chunk: int
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """One image a seed, uint8 (n, H, W, C), through an engine: each as the endpoint answers it with this chunk."""
     cost = choose(SAMPLERS, how.sampler, "sampler").evaluations(how.steps, **how.options)
@@ -61,7 +63,7 @@ def sampled(
     with Engine(model.networks, chunk=chunk, max_live_rows=LIVE_CHUNKS * chunk, name="sample") as engine:
         futures = [
             engine.submit(
-                partial(model.sampling, seeds[part], None if labels is None else labels[part], how),
+                partial(model.sampling, seeds[part], asked[part], how),
                 rows=len(seeds[part]),
                 cost=cost * len(seeds[part]),
             )
@@ -77,35 +79,36 @@ def sampled(
 
 
 def generated_set(
-    url: str, model: Model, images: int, seed: int, labels: Sequence[int] | None, how: Sampling, chunk: int
+    url: str, model: Model, images: int, seed: int, asked: Conditioning | None, how: Sampling, chunk: int
 ) -> tuple[GeneratedSet, list[SliceWork]]:
-    """The set of `images` images, and the work that makes it. labels: given to the images in turn; None: all classes.
+    """The set of `images` images, and the work that makes it. asked: of the images in turn, a row each; None:
+    every class or tag.
 
     Raises:
-        ValueError: no images, labels that the model has not, or what sampler and grid refuse.
+        ValueError: no images, or what sampler and grid refuse.
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
     config = model.config
-    if labels is None and config.classes:
-        labels = range(config.classes)
-    taken = None if labels is None else tuple(labels)
-    model.conditioning(taken, len(taken or ()))  # refuses labels that are not there
-    if taken is not None and len(set(taken)) > 1 and -1 in taken:
+    conditioner = model.conditioner
+    asked = conditioner.in_turn(range(len(conditioner.names))) if asked is None else asked
+    labels = None if asked.label is None else asked.label.tolist()
+    if labels and len(set(labels)) > 1 and -1 in labels:
         raise ValueError("labels: -1 (no class) does not go with others, a shard set has classes for all or for none")
-    trial = model.sampling([0], None if taken is None else taken[:1], how)
+    trial = model.sampling([0], asked[:1], how)
     next(trial)  # what the sampler refuses, it refuses before its first query
     trial.close()
-    labelled = taken is not None and -1 not in taken
+    labelled = labels is not None and -1 not in labels
     image = ImageSpec(config.size, config.channels, ENCODING)
     facts = {
         "model": model.digest,
         "seed": seed,
-        "labels": None if taken is None else list(taken),
+        "labels": labels,
+        **({} if asked.tags is None else {"tags": [conditioner.echo(asked, row)["tags"] for row in range(asked.rows)]}),
         "sampling": asdict(how),
         "chunk": chunk,
     }
     per_shard = max(1, min(MOST_SAMPLES, SHARD_BYTES // image.bytes))
-    names = tuple(class_names(model)) if labelled else ()
+    names = conditioner.names if labelled else ()
     made = GeneratedSet(url, image, images, per_shard, names, facts)
-    return made, [SliceWork(made, index, seed, taken, how, chunk) for index in range(made.slices)]
+    return made, [SliceWork(made, index, seed, asked, how, chunk) for index in range(made.slices)]

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from pipeline.choose import choose
+from pipeline.conditioner import KINDS, ConditionError
 from pipeline.data.formats import codecs, fit, headers
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood.bounds import FEW_STEPS, REPEATS
 from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood
 from pipeline.diffusion.procedure import Procedure
@@ -42,7 +45,7 @@ class GenerationPlan:
     """What a generation request comes to. evaluations: expected network evaluations; cost: row evaluations."""
 
     n: int
-    labels: tuple[int, ...] | None
+    conditioning: Conditioning
     seed: int
     how: Sampling
     evaluations: int
@@ -60,7 +63,7 @@ class GenerationPlan:
         """The images as `Model.sample` makes them from the same seed: float (n, C, H, W) in model space."""
         seeds = [key_seed("sample", self.seed, index) for index in range(self.n)]
         init = None if self.init is None else self.init.expand(self.n, *self.init.shape)
-        return model.sampling(seeds, self.labels, self.how, init=init, strength=self.strength)
+        return model.sampling(seeds, self.conditioning, self.how, init=init, strength=self.strength)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class EncodingPlan:
 
     pixels: Tensor | None
     latents: Tensor | None
-    labels: tuple[int, ...] | None
+    conditioning: Conditioning
     how: Sampling
     n: int
     cost: int
@@ -77,8 +80,8 @@ class EncodingPlan:
     def build(self, model: Model) -> Procedure[Tensor]:
         """Latents, or images in model space, float (n, C, H, W)."""
         if self.pixels is not None:
-            return model.encoding(self.pixels, self.labels, self.how)
-        return model.sampling((0,) * self.n, self.labels, self.how, latents=self.latents)
+            return model.encoding(self.pixels, self.conditioning, self.how)
+        return model.sampling((0,) * self.n, self.conditioning, self.how, latents=self.latents)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class LikelihoodPlan:
     """What a likelihood request comes to; pixels: uint8 (n, C, H, W)."""
 
     pixels: Tensor
-    labels: tuple[int, ...] | None
+    conditioning: Conditioning
     seed: int
     how: Scoring
     cost: int
@@ -98,7 +101,7 @@ class LikelihoodPlan:
     def build(self, model: Model) -> Procedure[Likelihood]:
         """The scores as `Model.bits_per_dim` gives them with the same seed."""
         seeds = [key_seed("score", self.seed, index) for index in range(self.n)]
-        return model.scoring(self.pixels, seeds, self.labels, self.how)
+        return model.scoring(self.pixels, seeds, self.conditioning, self.how)
 
 
 def plan_generation(request: GenerationRequest, model: Model, config: ServingConfig, seed: int) -> GenerationPlan:
@@ -128,15 +131,14 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
 
     if request.n > config.max_images:
         raise RequestError(f"at most {config.max_images} images a request, got {request.n}; {offline()}", "n")
-    labels = _labels(request.labels, request.n, model)
-    if request.prompt:
-        labels = _prompted(request.prompt, labels, request.n, model)
+    conditioning = _asked(request, request.n, model)
     guided = request.guidance != 1.0
     if request.quality not in (None, "auto"):
         message = f"there are no qualities to choose: 'steps' and 'sampler' decide, as in \"steps\": {2 * config.steps}"
         raise RequestError(f"{message}; got '{request.quality}'", "quality")
-    if guided and labels is None and model.guide is None:
-        raise RequestError("guidance needs labels: without them there is nothing to guide towards", "guidance")
+    if guided and model.guide is None and not _fields(request):
+        wanted = model.conditioner.kind.asked_as
+        raise RequestError(f"guidance needs {wanted}: without them there is nothing to guide towards", "guidance")
     evaluations = _evaluations(sampler, steps, options)
     if request.image is not None:
         evaluations = max(1, math.ceil(evaluations * request.strength))
@@ -147,7 +149,7 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
         (data,) = decode_base64([request.image], "image")
         init = _decoded(data, "image", request.resize, model, config)
     how = Sampling(name, steps, request.grid, None, request.guidance, options, request.integer_steps)
-    return GenerationPlan(request.n, labels, seed, how, evaluations, cost, init, request.strength)
+    return GenerationPlan(request.n, conditioning, seed, how, evaluations, cost, init, request.strength)
 
 
 def _sample_command(
@@ -155,16 +157,14 @@ def _sample_command(
 ) -> str:
     """What makes the images of a request that is too large for one answer; the same ones, where it has one class for
     all and no image to start from."""
-    label = _prompted(request.prompt, None, 1, model)[0] if request.prompt else request.labels
-    labels = ""
-    if model.config.classes and not isinstance(label, list):
-        labels = f" --labels={-1 if label is None else label}"
+    one = model.conditioner.echo(_asked(request, request.n, model), 0)
+    asked = f" --{model.conditioner.kind.asked_as}={_told(one)}" if model.conditioner.names else ""
     how: dict[str, Any] = {"sampler": sampler, "steps": steps, "grid": request.grid, "guidance": request.guidance}
     if request.integer_steps:
         how["integer_steps"] = True
     how |= {f"options.{name}": value for name, value in options.items()}
     told = " ".join(f"evaluation.sampling.{name}={json.dumps(value)}" for name, value in how.items()).replace('"', "")
-    return f"python -m jobs.sample RUN_FILE --images {request.n} --seed {seed}{labels} {told}"
+    return f"python -m jobs.sample RUN_FILE --images {request.n} --seed {seed}{asked} {told}"
 
 
 def plan_encoding(request: EncodingRequest, model: Model, config: ServingConfig) -> EncodingPlan:
@@ -185,7 +185,7 @@ def plan_encoding(request: EncodingRequest, model: Model, config: ServingConfig)
     _chosen(ENCODERS, request.sampler, "sampler")
     if request.grid is not None:
         _chosen(GRIDS, request.grid, "grid")
-    labels = _labels(request.labels, n, model)
+    conditioning = _asked(request, n, model)
     evaluations = _evaluations(SAMPLERS[request.sampler], request.steps, {})
     _check_cost(n * evaluations, model, config, f"{n} images x {evaluations} network evaluations")
     how = Sampling(request.sampler, request.steps, request.grid)
@@ -196,7 +196,7 @@ def plan_encoding(request: EncodingRequest, model: Model, config: ServingConfig)
         pixels = torch.stack(each)
     else:
         latents = torch.stack([_latent(data, index, model) for index, data in enumerate(decoded)])
-    return EncodingPlan(pixels, latents, labels, how, n, n * evaluations)
+    return EncodingPlan(pixels, latents, conditioning, how, n, n * evaluations)
 
 
 def _latent(data: bytes, index: int, model: Model) -> Tensor:
@@ -233,7 +233,7 @@ def plan_likelihood(
     estimator = _chosen(ESTIMATORS, request.estimator, "estimator")
     known = options_of(estimator)
     options = _checked_options(request.options, known, f"estimator '{request.estimator}'")
-    labels = _labels(request.labels, n, model)
+    conditioning = _asked(request, n, model)
     how = Scoring(request.estimator, options)
     completed = {k: default for k, (_, default) in known.items()} | model.scoring_options(how)
     evaluations = scoring_evaluations(completed, math.prod(model.config.shape))
@@ -241,7 +241,7 @@ def plan_likelihood(
     pixels = torch.stack(
         [_decoded(data, f"images[{i}]", request.resize, model, config) for i, data in enumerate(encoded)]
     )
-    return LikelihoodPlan(pixels, labels, seed, how, n * evaluations)
+    return LikelihoodPlan(pixels, conditioning, seed, how, n * evaluations)
 
 
 def _decoded(data: bytes, name: str, policy: str, model: Model, config: ServingConfig) -> Tensor:
@@ -346,53 +346,35 @@ def _check_cost(
         )
 
 
-def _labels(labels: int | list[int] | None, n: int, model: Model) -> tuple[int, ...] | None:
-    """One an image; None where nothing was asked."""
-    if labels is None:
-        return None
-    each = (labels,) * n if isinstance(labels, int) else tuple(labels)
-    classes = model.config.classes
-    if classes == 0 and any(label != -1 for label in each):
-        raise RequestError("this model has no classes", "labels")
-    if len(each) != n:
-        raise RequestError(f"one label or one for each of the {n} images is needed, got {len(each)}", "labels")
-    if not all(-1 <= label < classes for label in each):
-        raise RequestError(f"a label is 0..{classes - 1}, or -1 for no class, got {list(each)[:8]}", "labels")
-    return each if classes else None
+def _fields(request: BaseModel) -> dict[str, Any]:
+    """What a request asks of its images, a prompt included."""
+    names = (*(kind.asked_as for kind in KINDS.values()), "prompt")
+    return {name: value for name in names if (value := getattr(request, name, None)) not in (None, "")}
 
 
-def class_names(model: Model) -> list[str]:
-    """The names of the classes by the card, else their numbers."""
-    names = model.card.get("class_names")
-    if isinstance(names, list) and len(names) == model.config.classes:
-        return [str(name) for name in names]
-    return [str(index) for index in range(model.config.classes)]
+def _asked(request: BaseModel, n: int, model: Model) -> Conditioning:
+    """What a request asks of each of n images. A prompt names one class for all, or tags with commas between them.
 
-
-def _prompted(prompt: str, labels: tuple[int, ...] | None, n: int, model: Model) -> tuple[int, ...]:
-    names = class_names(model)
-    if not names:
-        raise RequestError("this model has no classes: leave the prompt empty", "prompt")
-    label = _class_of(prompt, names)
-    if label is None:
-        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise RequestError(f"the prompt must be the name or number of a class ({shown}), or empty", "prompt")
-    if labels is not None and any(each != label for each in labels):
+    Raises:
+        RequestError: as `Conditioner.asked`, or prompt and another field that ask for different things.
+    """
+    fields, conditioner = _fields(request), model.conditioner
+    prompt = fields.pop("prompt", "")
+    try:
+        asked = conditioner.asked(n, fields)
+        if not prompt:
+            return asked
+        named = conditioner.prompted(n, prompt)
+    except ConditionError as error:
+        raise RequestError(str(error), error.field) from None
+    if fields and not asked.same(named):
         raise RequestError(
-            f"prompt asks for class {label} and labels for {list(labels)[:8]}: give one of them", "labels"
+            f"prompt and {next(iter(fields))} ask for different things: give one of them", next(iter(fields))
         )
-    return (label,) * n
+    return named
 
 
-def _class_of(prompt: str, names: Sequence[str]) -> int | None:
-    """The class that a prompt names: as it stands, or but for case and outer spaces where that is one class alone, or
-    by number."""
-    wanted = prompt.strip()
-    for same in (lambda name: name == prompt, lambda name: name.strip() == wanted):
-        if found := [index for index, name in enumerate(names) if same(name)]:
-            return found[0]
-    found = [index for index, name in enumerate(names) if name.strip().casefold() == wanted.casefold()]
-    if len(found) == 1:
-        return found[0]
-    number = wanted.isascii() and wanted.isdigit() and len(wanted) <= 9
-    return int(wanted) if number and int(wanted) < len(names) else None
+def _told(echo: Mapping[str, Any]) -> str:
+    """What was asked of an image, as the command line takes it."""
+    (value,) = echo.values()
+    return ",".join(value) if isinstance(value, list) else str(value)

@@ -13,6 +13,8 @@ from pipeline.serving.refusals import RequestError
 OptionValue = bool | int | float | str | None | list[float]
 LARGEST_SEED = 2**53 - 1  # a JavaScript client can still name it exactly
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Tag = Annotated[str, Field(max_length=256)] | int
+Tags = Annotated[list[Tag] | list[list[Tag]], Field(max_length=4096)]
 Count = Annotated[int, Field(ge=1, le=10**9)]  # the configured limits say what is too many
 
 
@@ -37,6 +39,7 @@ class GenerationRequest(Body):
     stream: bool | None = Field(None, description="answer with server-sent events: previews of x_hat, then the images")
     partial_images: int | None = Field(None, ge=0, le=1000, description="previews in a stream; default: up to 16")
     labels: int | list[int] | None = Field(None, description="class of all images or of each; -1: no class")
+    tags: Tags | None = Field(None, description="of a model that is told tags: those of all images, or a list of each")
     sampler: str | None = Field(None, max_length=64)
     steps: Count | None = Field(None, description="levels the sampler visits")
     grid: str | None = Field(None, max_length=64, description="grid of levels; default: the sampler's")
@@ -59,6 +62,7 @@ class LikelihoodOptions(Body):
     """`POST /v1/likelihood` but for the images: the fields of its multipart form, which has the images as files."""
 
     model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
+    tags: Tags | None = Field(None, description="of a model that is told tags: those of all images, or a list of each")
     labels: int | list[int] | None = Field(
         None, description="class of all images or of each; without, no percentile is told: held-out images had theirs"
     )
@@ -77,6 +81,7 @@ class EncodingRequest(Body):
         None, min_length=1, description="base64 of each latent: float32 little-endian, channels x height x width"
     )
     labels: int | list[int] | None = Field(None, description="class of all images or of each; -1: no class")
+    tags: Tags | None = Field(None, description="of a model that is told tags: those of all images, or a list of each")
     sampler: str = Field("heun", max_length=64, description="a deterministic one, the same both ways")
     steps: Count = Field(50, description="levels on the way")
     grid: str | None = Field(None, max_length=64, description="grid of levels; default: the sampler's")

@@ -32,10 +32,10 @@ def self_test(engine: Engine, model: Model) -> SelfTest:
         ValueError: they differ, or are not finite.
     """
     started = time.perf_counter()
-    labels = (0, 0) if model.config.classes else None
+    asked = model.conditioner.in_turn((0, 0))
 
     def ask(seed: int, steps: int) -> Callable[[], Procedure[Tensor]]:
-        return lambda: model.sampling((seed, seed + 1), labels, Sampling(steps=steps))
+        return lambda: model.sampling((seed, seed + 1), asked, Sampling(steps=steps))
 
     try:
         alone = engine.submit(ask(SELF_TEST_SEED, 3), rows=2, name="self-test").result()

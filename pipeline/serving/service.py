@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.conditioner import NAMES_OF
 from pipeline.data.formats import codecs
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood
 from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.procedure import Procedure
@@ -31,7 +33,6 @@ from pipeline.serving.plans import (
     EncodingPlan,
     GenerationPlan,
     LikelihoodPlan,
-    class_names,
     options_of,
     plan_encoding,
     plan_generation,
@@ -114,7 +115,8 @@ class Service:
             **await self.entry(),
             "size": config.size,
             "channels": config.channels,
-            "class_names": class_names(self.model),
+            "condition": self.model.config.condition,
+            **self._names(),
             "samplers": {
                 name: {"grid": sampler.grid, "stochastic": sampler.stochastic, "options": _options(sampler.procedure)}
                 for name, sampler in SAMPLERS.items()
@@ -181,9 +183,8 @@ class Service:
     def _generated(self, plan: GenerationPlan, outcome: Outcome[Tensor]) -> dict[str, Any]:
         if not bool(torch.isfinite(outcome.value).all()):
             raise NotFinite("the sampler came to a value that is not finite")
-        labels = plan.labels or (-1,) * plan.n
         data = [
-            {"b64_json": encoded, "index": index, "label": labels[index]}
+            {"b64_json": encoded, "index": index, **self.model.conditioner.echo(plan.conditioning, index)}
             for index, encoded in enumerate(_encoded(outcome.value))
         ]
         how = {"sampler": plan.how.sampler, "steps": plan.how.steps, "guidance": plan.how.guidance}
@@ -220,19 +221,30 @@ class Service:
         plan = await asyncio.to_thread(self._plan_likelihood, fields, encoded, seed)
         with _whose("options" if plan.how.options else ""):
             outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
-        labels = plan.labels or (-1,) * plan.n
-        held_out = [self._peers(plan.how.estimator, label) for label in labels]
+        asked = self.model.conditioner
         data = [
-            {"index": index, "label": labels[index], **_score(outcome.value, index, held_out[index])}
+            {
+                "index": index,
+                **asked.echo(plan.conditioning, index),
+                **_score(outcome.value, index, self._peers(plan.how.estimator, plan.conditioning[index : index + 1])),
+            }
             for index in range(plan.n)
         ]
         how = {"estimator": plan.how.estimator, "options": plan.how.options}
         return {"object": "list", "data": data, **self._lineage(plan.seed, outcome), **how}
 
-    def _peers(self, estimator: str, label: int) -> list[float] | None:
-        """The held-out scores that an image may be compared with: where the model has classes they were scored with
-        theirs, and without its own an image has more bits."""
-        return None if self.model.config.classes and label < 0 else self.held_out.get(estimator)
+    def _names(self) -> dict[str, list[str]]:
+        """What the model can be asked for, by kind."""
+        conditioner = self.model.conditioner
+        return {
+            name: list(conditioner.names) if kind == conditioner.condition else [] for kind, name in NAMES_OF.items()
+        }
+
+    def _peers(self, estimator: str, asked: Conditioning) -> list[float] | None:
+        """The held-out scores that an image may be compared with: where the model is told something they were scored
+        with theirs, and without its own an image has more bits."""
+        untold = self.model.conditioner.names and asked.same(asked.unconditional())
+        return None if untold else self.held_out.get(estimator)
 
     # --- encodings ------------------------------------------------------------------------------------------------
 
@@ -251,8 +263,8 @@ class Service:
             made = [{"b64_json": encoded} for encoded in await asyncio.to_thread(_encoded, outcome.value)]
         else:
             made = [{"latent": _floats(latent), "shape": list(latent.shape)} for latent in outcome.value]
-        labels = plan.labels or (-1,) * plan.n
-        data = [{"index": index, "label": labels[index], **each} for index, each in enumerate(made)]
+        echo = self.model.conditioner.echo
+        data = [{"index": index, **echo(plan.conditioning, index), **each} for index, each in enumerate(made)]
         how = {"sampler": plan.how.sampler, "steps": plan.how.steps, "dtype": "float32-le"}
         return {"object": "list", "data": data, **self._lineage(0, outcome), **how}
 

@@ -16,7 +16,8 @@ class Flavor:
     """What `predict` runs on.
 
     predict({"n": 16, "labels": [...], "seed": 0}) -> uint8 images (n, H, W, C);
-    predict({"images": uint8 (n, H, W, C), "labels": [...], "seed": 0}) -> float64 bits/dim (n,).
+    predict({"images": uint8 (n, H, W, C), "labels": [...], "seed": 0}) -> float64 bits/dim (n,). A model that is told
+    tags takes "tags" in place of "labels".
     """
 
     def __init__(self, model: Model) -> None:
@@ -28,14 +29,15 @@ class Flavor:
                 "predict takes a dict: {'n': 16, 'labels': ..., 'seed': 0} to sample, or {'images': ...} to score"
             )
         request = {**model_input, **(params or {})}
-        unknown = set(request) - {"n", "labels", "seed", "images"}
+        unknown = set(request) - {"n", "labels", "tags", "seed", "images"}
         if unknown:
-            raise ValueError(f"predict: unknown keys {sorted(unknown)}; valid: images, labels, n, seed")
-        labels, seed = request.get("labels"), int(request.get("seed", 0))
+            raise ValueError(f"predict: unknown keys {sorted(unknown)}; valid: images, labels, n, seed, tags")
+        seed, labels, tags = int(request.get("seed", 0)), request.get("labels"), request.get("tags")
         if "images" in request:
             pixels = torch.from_numpy(np.ascontiguousarray(request["images"])).permute(0, 3, 1, 2)
-            return self.model.bits_per_dim(pixels, labels, seed).bits_per_dim.numpy()
-        return self.model.sample(int(request.get("n", 1)), labels, seed).permute(0, 2, 3, 1).numpy()
+            return self.model.bits_per_dim(pixels, seed=seed, labels=labels, tags=tags).bits_per_dim.numpy()
+        made = self.model.sample(int(request.get("n", 1)), seed=seed, labels=labels, tags=tags)
+        return made.permute(0, 2, 3, 1).numpy()
 
 
 def _load_pyfunc(path: str, **_: Any) -> Flavor:  # pyright: ignore[reportUnusedFunction]

@@ -115,18 +115,17 @@ class _Operations(TorchFunctionMode):
         return out
 
 
-def training_flops(network: nn.Module, shape: Sequence[int], classes: int) -> float:
+def training_flops(network: nn.Module, shape: Sequence[int], conditioning: Conditioning) -> float:
     """Floating-point operations of one image's forward and backward pass: convolutions and products alone, a
-    multiply-add being two. shape: (C, H, W) of an image.
+    multiply-add being two. shape: (C, H, W) of an image; conditioning: of one row.
 
     Counted while one image goes forward, by what each layer is given. (torch's own FlopCounterMode loads the compiler,
     1.5 s of every start, and does not know a CPU's attention kernel.)
     """
     device = next(network.parameters()).device
-    label = torch.zeros(1, dtype=torch.int64, device=device) if classes else None
     z, level = torch.zeros(1, *shape, device=device), torch.zeros(1, device=device)
     with _Operations() as counted, torch.enable_grad():
-        network(z, level, Conditioning(label))
+        network(z, level, conditioning.to(device))
     return float(counted.total)
 
 

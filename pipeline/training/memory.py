@@ -17,8 +17,7 @@ EXHAUSTED = ("can't allocate memory", "bad_alloc", "could not create a ", "could
 
 def fits(module: TrainingModule, batch: Batch, key: StepKey, place: Place, images: int) -> bool:
     """Whether the first `images` of the batch go forward and backward; leaves no gradient."""
-    labels = None if batch.labels is None else batch.labels[:images]
-    part = Batch(batch.step, batch.logical_shard, batch.images[:images], labels, batch.ids[:images])
+    part = batch.first(images)
     try:
         backward(module, [part], [key], place)
         hardware.finish(place.device)

@@ -22,7 +22,7 @@ from pipeline.training.step import backward
 def make_ready(learner: Learner, mine: Sequence[Batch]) -> say.Prepared:
     """Settles the precision, wraps the blocks, and sets the learner's reduction. mine: this rank's first batches."""
     config, place, network = learner.config, learner.place, learner.denoiser.network
-    flops = hardware.training_flops(network, mine[0].images.shape[1:], learner.task.classes)
+    flops = hardware.training_flops(network, mine[0].images.shape[1:], learner.task.conditioner.nothing(1))
     if config.checkpoint_activations:
         checkpoint_blocks(network)
     tried = {} if config.precision == "fp32" else _tried(learner, mine[-1])

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.conditioner import Conditioner
 from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.objectives.loss import Loss, Objective, drop_labels
+from pipeline.diffusion.objectives.loss import Loss, Objective, drop_condition
 from pipeline.diffusion.pixels import to_model
 from pipeline.diffusion.randomness import StepKey, key_seed
 
@@ -22,30 +24,29 @@ from pipeline.diffusion.randomness import StepKey, key_seed
 class TrainingModule(nn.Module):
     """Denoiser and objective as one forward, for DDP to wrap.
 
-    classes: 0 for a network that takes no labels; autocast: dtype of convolutions and products, None for float32;
-    label_dropout: share of images trained without their label, for classifier-free guidance.
+    conditioner: what the network is told of an image; autocast: dtype of convolutions and products, None for float32;
+    label_dropout: share of images trained without it, for classifier-free guidance.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
         objective: Objective,
-        classes: int,
+        conditioner: Conditioner,
         autocast: torch.dtype | None = None,
         label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.objective = objective
-        self.classes = classes
+        self.conditioner = conditioner
         self.autocast = autocast
         self.label_dropout = label_dropout
 
-    def forward(self, images: Tensor, labels: Tensor | None, key: StepKey) -> Loss:
-        """images uint8 (b, C, H, W); labels int64 (b,) or None."""
-        conditioning = Conditioning(labels) if self.classes else Conditioning()
+    def forward(self, images: Tensor, conditioning: Conditioning, key: StepKey) -> Loss:
+        """images uint8 (b, C, H, W)."""
         if self.label_dropout:
-            conditioning = drop_labels(conditioning, self.label_dropout, key)
+            conditioning = drop_condition(conditioning, self.label_dropout, key)
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.objective.loss(self.denoiser, to_model(images), conditioning, key)
 
@@ -69,8 +70,10 @@ def shard_backward(network: nn.Module, batch: Batch, key: StepKey, place: Place,
     network: a `TrainingModule`, or DDP around one.
     """
     torch.manual_seed(key_seed("train", "global", key.seed, key.step, key.shard))  # dropout draws from this stream
-    labels = None if batch.labels is None else batch.labels.to(place.device, non_blocking=True)
-    loss: Loss = network(batch.images.to(place.device, non_blocking=True), labels, key)
+    module = network.module if isinstance(network, DistributedDataParallel) else network
+    assert isinstance(module, TrainingModule), type(module)
+    conditioning = module.conditioner.of(batch).to(place.device)
+    loss: Loss = network(batch.images.to(place.device, non_blocking=True), conditioning, key)
     (loss.per_image.mean() * weight).backward()
     return Loss(loss.per_image.detach(), loss.parts, loss.gamma, loss.observed)
 

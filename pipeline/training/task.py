@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from pipeline.conditioner import Conditioner
 from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.loss import Objective
@@ -67,7 +68,7 @@ class Task:
     config: TrainingConfig
     denoiser: Denoiser
     objective: Objective
-    classes: int
+    conditioner: Conditioner
     open_batches: Callable[[int], Batches]
     batch_size: int
     logical_shards: int

@@ -85,7 +85,7 @@ def test_ray_tasks_and_one_process_make_the_same_bytes(
 def test_an_image_follows_from_model_seed_and_index_alone(config: RunConfig, model: Model, tmp_path: Path) -> None:
     found = run(config, model, url=f"{tmp_path}/set", images=40, seed=5, local=True)
     read = train_images(found, 40).images
-    expected = model.sample(40, [index % 10 for index in range(40)], 5, config.evaluation.sampling)
+    expected = model.sample(40, config.evaluation.sampling, labels=[index % 10 for index in range(40)], seed=5)
     assert int((read.int() - expected.int()).abs().max()) <= 1  # a network call on 40 rows rounds otherwise
     more = run(config, model, url=f"{tmp_path}/more", images=70, seed=5, local=True)
     assert torch.equal(train_images(more, 70).images[:40], read)
@@ -94,13 +94,13 @@ def test_an_image_follows_from_model_seed_and_index_alone(config: RunConfig, mod
 
 
 def test_labels_are_the_given_ones_in_turn(config: RunConfig, model: Model, tmp_path: Path) -> None:
-    found = run(config, model, url=f"{tmp_path}/set", images=9, labels=[7, 2], local=True)
+    found = run(config, model, url=f"{tmp_path}/set", images=9, asked={"labels": [7, 2]}, local=True)
     assert samples(found)["label"].to_pylist() == [7, 2, 7, 2, 7, 2, 7, 2, 7]
-    bare = run(config, model, url=f"{tmp_path}/bare", images=3, labels=[-1], local=True)
+    bare = run(config, model, url=f"{tmp_path}/bare", images=3, asked={"labels": [-1]}, local=True)
     assert not bare.labelled
     for labels, text in (([10], "labels must lie in 0..9"), ([1, -1], "does not go with others")):
         with pytest.raises(ValueError, match=text):
-            run(config, model, url=f"{tmp_path}/no", images=3, labels=labels, local=True)
+            run(config, model, url=f"{tmp_path}/no", images=3, asked={"labels": labels}, local=True)
 
 
 def test_a_finished_set_is_verified_mended_and_never_replaced(config: RunConfig, model: Model, tmp_path: Path) -> None:
@@ -161,5 +161,5 @@ def test_the_engine_makes_what_the_set_holds_and_refuses_what_is_not_finite(
     with torch.no_grad():
         next(broken.denoiser.parameters()).fill_(float("nan"))
     with pytest.raises(ArithmeticError, match="not finite"):
-        sampled(broken, [1], [0], how, 8)
-    assert sampled(model, [1, 2], [0, 1], how, 8).dtype == np.uint8
+        sampled(broken, [1], model.asked(1, labels=[0]), how, 8)
+    assert sampled(model, [1, 2], model.asked(2, labels=[0, 1]), how, 8).dtype == np.uint8

@@ -57,7 +57,7 @@ def test_every_estimator_scores_every_system(path: Path) -> None:
     model = small(load_config(str(path), []).model)
     assert set(QUICK) == set(ESTIMATORS)
     for estimator, options in QUICK.items():
-        found = model.bits_per_dim(PIXELS, [1, 2], how=Scoring(estimator, options))
+        found = model.bits_per_dim(PIXELS, Scoring(estimator, options), labels=[1, 2])
         assert bool(torch.isfinite(found.bits_per_dim).all()), estimator
         assert bool(torch.isfinite(found.standard_error).all()), estimator
 
@@ -130,18 +130,16 @@ def test_by_plain_names() -> None:
     how = Scoring("ode", {"tolerance": 0.3})
     expected = model.bits_per_dim(PIXELS, how=how).nats
     assert torch.equal(model.bits_per_dim(PIXELS, "ode", tolerance=0.3).nats, expected)
-    assert torch.equal(model.bits_per_dim(PIXELS, None, 0, "ode", tolerance=0.3).nats, expected)
-    labelled = model.bits_per_dim(PIXELS, [1, 2], how=how).nats
-    assert torch.equal(model.bits_per_dim(PIXELS, [1, 2], "ode", tolerance=0.3).nats, labelled)
-    made = model.sample(2, [1, 2], 0, Sampling("ddim", 4, options={"eta": 0.5}))
-    assert torch.equal(model.sample(2, [1, 2], "ddim", steps=4, eta=0.5), made)
+    labelled = model.bits_per_dim(PIXELS, how, labels=[1, 2]).nats
+    assert torch.equal(model.bits_per_dim(PIXELS, "ode", labels=[1, 2], tolerance=0.3).nats, labelled)
+    made = model.sample(2, Sampling("ddim", 4, options={"eta": 0.5}), labels=[1, 2])
+    assert torch.equal(model.sample(2, "ddim", labels=[1, 2], steps=4, eta=0.5), made)
     assert torch.equal(model.sample(2, labels=[1, 2], how="ddim", steps=4, eta=0.5), made)
     assert torch.equal(model.sample(2, steps=4), model.sample(2, "heun", steps=4))
     for call, message in (
         (lambda: model.sample(2, "huen"), "did you mean 'heun'"),
         (lambda: model.sample(2, "heun", eta=0.5), "no option 'eta'"),
         (lambda: model.bits_per_dim(PIXELS, "ode", levels=3), "no option 'levels'"),
-        (lambda: model.bits_per_dim(PIXELS, "ode", how="vlb"), "give one name"),
         (lambda: model.bits_per_dim(PIXELS, how=how, tolerance=0.1), "a Scoring has its own"),
         (lambda: model.bits_per_dim(PIXELS, chunk=0), "chunk must be at least 1, got 0"),
     ):

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import NO_LABEL, Conditioning
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.objectives.loss import DENSITIES, WEIGHTS, binned, draw_noise, draw_uniform, drop_labels, noisy
+from pipeline.diffusion.objectives.loss import (
+    DENSITIES,
+    WEIGHTS,
+    binned,
+    draw_noise,
+    draw_uniform,
+    drop_condition,
+    noisy,
+)
 from pipeline.diffusion.objectives.objective import OBJECTIVES, EDMLoss, Loss, Simple, Weighted
 from pipeline.diffusion.parameterization import PREDICTIONS, Parameterization
 from pipeline.diffusion.rows import shaped
@@ -207,17 +215,17 @@ def test_stratified_levels_reduce_the_variance() -> None:
 
 def test_label_dropout() -> None:
     labels = Conditioning(torch.arange(10).repeat(1000))
-    dropped = drop_labels(labels, 0.2, key(1)).label
+    dropped = drop_condition(labels, 0.2, key(1)).label
     assert dropped is not None
     gone = dropped == NO_LABEL
     assert abs(float(gone.double().mean()) - 0.2) < 5 * math.sqrt(0.16 / 10_000)
     assert labels.label is not None
     assert torch.equal(dropped[~gone], labels.label[~gone])
-    assert torch.equal(dropped, drop_labels(labels, 0.2, key(1)).label)  # pyright: ignore[reportArgumentType]
-    assert not torch.equal(dropped, drop_labels(labels, 0.2, key(2)).label)  # pyright: ignore[reportArgumentType]
-    assert drop_labels(NONE, 0.2, key()) is NONE
+    assert torch.equal(dropped, drop_condition(labels, 0.2, key(1)).label)  # pyright: ignore[reportArgumentType]
+    assert not torch.equal(dropped, drop_condition(labels, 0.2, key(2)).label)  # pyright: ignore[reportArgumentType]
+    assert drop_condition(NONE, 0.2, key()) is NONE
     with pytest.raises(ValueError, match="label_dropout"):
-        drop_labels(labels, 1.5, key())
+        drop_condition(labels, 1.5, key())
 
 
 # --- the loss as a value --------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def answers(model: Model, manifest: Manifest) -> None:
         [torch.from_numpy(decode(base64.b64decode(item["b64_json"]), 3)) for item in generated.json()["data"]]
     )
     assert pixels.shape == (2, *manifest.image.shape[1:], 3)
-    expected = model.bits_per_dim(held.images, held.labels.tolist(), seed=1).bits_per_dim
+    expected = model.bits_per_dim(held.images, labels=held.labels.tolist(), seed=1).bits_per_dim
     found = torch.tensor([item["bits_per_dim"] for item in scored.json()["data"]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 

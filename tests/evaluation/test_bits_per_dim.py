@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.conditioner import numbered
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood.estimate import Likelihood
 from pipeline.evaluation.bits_per_dim import joined, score
-from pipeline.evaluation.work import cuts, finish, here, sample_work, score_work
+from pipeline.evaluation.work import SampleWork, cuts, finish, here, sample_work, score_work
 from pipeline.model import Sampling, Scoring
 from tests.evaluation.tiny import stripes, tiny_model
+
+THREE = numbered("labels", 3)
+
 
 HOW = Scoring("vlb", {"levels": 8})
 
@@ -56,12 +61,12 @@ def test_scores_have_the_same_bits_however_the_work_is_cut(how: Scoring) -> None
     """In the evaluation's pieces of 1, 7 and 64, and by `Model.bits_per_dim` of one image, of 7 and of all."""
     model, real = tiny_model(), stripes(23, 0)
     assert real.labels is not None
-    whole = score(here(model), real.images, real.labels, how, part=64)
+    whole = score(here(model), real.images, Conditioning(real.labels), how, part=64)
     for part in (1, 7):
-        assert score(here(model), real.images, real.labels, how, part=part) == whole
+        assert score(here(model), real.images, Conditioning(real.labels), how, part=part) == whole
     labels = real.labels.tolist()
     for n in (1, 7, 23):
-        single = model.bits_per_dim(real.images[:n], labels[:n], 0, how)
+        single = model.bits_per_dim(real.images[:n], how, labels=labels[:n])
         assert tuple(single.bits_per_dim.tolist()) == whole.bits_per_dim[:n]
         assert tuple(single.bits_per_dim_standard_error.tolist()) == whole.estimator_errors[:n]
 
@@ -69,9 +74,9 @@ def test_scores_have_the_same_bits_however_the_work_is_cut(how: Scoring) -> None
 def test_progress_and_degrees_of_freedom_come_through() -> None:
     model, real = tiny_model(), stripes(23, 0)
     ticks: list[int] = []
-    score(here(model), real.images, real.labels, HOW, part=10, progress=ticks.append)
+    score(here(model), real.images, Conditioning(real.labels), HOW, part=10, progress=ticks.append)
     assert ticks == [10, 20, 23]
-    found = score_work(real.images, real.labels, HOW, 23, 0)[0].run(model)
+    found = score_work(real.images, Conditioning(real.labels), HOW, 23, 0)[0].run(model)
     assert found.freedom is not None
     assert bool((found.freedom >= 1).all())
 
@@ -79,15 +84,20 @@ def test_progress_and_degrees_of_freedom_come_through() -> None:
 def test_the_labels_reach_the_network() -> None:
     model, real = tiny_model(), stripes(6, 0)
     assert real.labels is not None
-    right = score(here(model), real.images, real.labels, HOW)
-    wrong = score(here(model), real.images, (real.labels + 1) % 3, HOW)
+    right = score(here(model), real.images, Conditioning(real.labels), HOW)
+    wrong = score(here(model), real.images, Conditioning((real.labels + 1) % 3), HOW)
     assert right.mean != wrong.mean
+
+
+def label_of(piece: SampleWork) -> list[int]:
+    assert piece.conditioning.label is not None
+    return piece.conditioning.label.tolist()
 
 
 def test_samples_are_the_same_in_any_order_of_the_pieces() -> None:
     model = tiny_model()
-    work = sample_work(10, 3, Sampling("ddim", 4), 4, 0)
-    assert [piece.labels for piece in work] == [(0, 1, 2, 0), (1, 2, 0, 1), (2, 0)]
+    work = sample_work(10, THREE.in_turn(range(10)), Sampling("ddim", 4), 4, 0)
+    assert [label_of(piece) for piece in work] == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0]]
     inorder = finish(here(model), work)
     backwards = finish(lambda pieces: ((i, pieces[i].run(model)) for i in reversed(range(len(pieces)))), work)
     for a, b in zip(inorder, backwards, strict=True):
@@ -98,7 +108,7 @@ def test_samples_are_the_same_in_any_order_of_the_pieces() -> None:
 
 
 def test_work_left_undone_is_noticed() -> None:
-    work = sample_work(10, 3, Sampling("ddim", 4), 4, 0)
+    work = sample_work(10, THREE.in_turn(range(10)), Sampling("ddim", 4), 4, 0)
     with pytest.raises(RuntimeError, match="3 of 3 pieces"):
         finish(lambda pieces: iter(()), work)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.conditioner import numbered
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.features import Labelled
 from pipeline.evaluation.measure import Evaluation, evaluate, judge, load, passed, rows, save
@@ -32,7 +33,7 @@ def found() -> Evaluation:
     ticks: list[tuple[str, int, int]] = []
     made = evaluate(
         here(tiny_model()),
-        CLASSES,
+        numbered("labels", CLASSES),
         TRAIN,
         HELD_OUT,
         CONFIG,
@@ -99,7 +100,9 @@ def test_a_set_without_classes_is_measured_without_agreement(found: Evaluation) 
     )
     assert bare.agreement is None
     assert "class_agreement" not in bare.metrics()
-    assert all("asked" not in row.name for row in rows(bare, CONFIG))
+    demanded = replace(CONFIG, min_agreement=None)
+    assert all("asked" not in row.name for row in rows(bare, demanded))
+    assert [row.ok for row in rows(bare, CONFIG) if "asked" in row.name] == [False], "a demand that cannot be measured"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.conditioner import numbered
 from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.training import start
@@ -66,7 +67,9 @@ def limited(place: Place, tell: Callable[[str], Any], store: str) -> None:
     start.check_memory = check
     made = task(store, place)
     made.denoiser.network = Wasteful()
-    made = replace(made, open_batches=lambda step: Large(), batch_size=IMAGES * SHARDS, classes=0)
+    made = replace(
+        made, open_batches=lambda step: Large(), batch_size=IMAGES * SHARDS, conditioner=numbered("labels", 0)
+    )
     try:
         list(train(made))
     except RunError as error:

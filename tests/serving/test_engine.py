@@ -71,13 +71,13 @@ class Gate:
 
 
 def sampled(model: Model, seed: int, n: int, how: Sampling) -> Callable[[], Procedure[Tensor]]:
-    return lambda: model.sampling([1000 * seed + index for index in range(n)], [index % 10 for index in range(n)], how)
+    return lambda: model.sampling([1000 * seed + index for index in range(n)], model.conditioner.in_turn(range(n)), how)
 
 
 def scored(model: Model, seed: int, n: int, how: Scoring) -> Callable[[], Procedure[Any]]:
     pixels = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return lambda: model.scoring(
-        pixels, [1000 * seed + index for index in range(n)], [index % 10 for index in range(n)], how
+        pixels, [1000 * seed + index for index in range(n)], model.conditioner.in_turn(range(n)), how
     )
 
 

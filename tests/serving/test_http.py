@@ -50,7 +50,7 @@ def test_images_are_those_of_the_model_in_a_notebook(ask: Callable[..., httpx.Re
     answer = ask("POST", GENERATE, json=fields)
     assert answer.status_code == 200, answer.text
     body = answer.json()
-    expected = tiny.sample(3, [1, 2, -1], 11, Sampling("ddim", 5, options={"eta": 0.5}))
+    expected = tiny.sample(3, Sampling("ddim", 5, options={"eta": 0.5}), labels=[1, 2, -1], seed=11)
     assert (
         np.abs(pixels_of(body).astype(int) - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
     )  # chunks of another size
@@ -144,7 +144,7 @@ def test_likelihood_is_that_of_the_model_in_a_notebook(
     as_form = ask("POST", SCORE, data=form, files=files)
     assert as_form.json()["data"] == as_json.json()["data"]
     pixels = torch.from_numpy(digits).permute(0, 3, 1, 2)
-    expected = tiny.bits_per_dim(pixels, [0, 1, 2], 3, Scoring("vlb", options))
+    expected = tiny.bits_per_dim(pixels, Scoring("vlb", options), labels=[0, 1, 2], seed=3)
     body = as_json.json()
     for index, item in enumerate(body["data"]):
         assert item["bits_per_dim"] == pytest.approx(float(expected.bits_per_dim[index]), rel=1e-5)
@@ -312,7 +312,7 @@ def test_the_openapi_document_has_the_bodies(ask: Callable[..., httpx.Response])
 def test_an_image_goes_up_to_its_latent_and_back(
     ask: Callable[..., httpx.Response], tiny: Model, sampler: str, steps: int, grey_levels: int
 ) -> None:
-    pixels = tiny.sample(2, [3, 4], seed=8, how=Sampling("heun", 40)).permute(0, 2, 3, 1).numpy()
+    pixels = tiny.sample(2, Sampling("heun", 40), labels=[3, 4], seed=8).permute(0, 2, 3, 1).numpy()
     how = {"sampler": sampler, "steps": steps, "labels": [3, 4]}
     up = ask(
         "POST", "/v1/encodings", json={**how, "images": [base64.b64encode(encode_png(x)).decode() for x in pixels]}
@@ -348,7 +348,7 @@ def test_an_encoding_that_cannot_be_is_refused_by_field(
 def test_an_init_image_stays_the_nearer_the_smaller_the_strength(
     ask: Callable[..., httpx.Response], tiny: Model
 ) -> None:
-    start = tiny.sample(1, [3], seed=8, how=Sampling("heun", 40))[0].permute(1, 2, 0).numpy()
+    start = tiny.sample(1, Sampling("heun", 40), labels=[3], seed=8)[0].permute(1, 2, 0).numpy()
     fields = {"n": 8, "labels": 3, "seed": 1, "steps": 40, "image": base64.b64encode(encode_png(start)).decode()}
     away = []
     for strength in (0.2, 0.5, 1.0):

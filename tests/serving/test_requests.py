@@ -19,7 +19,7 @@ from pipeline.diffusion.procedure import drive
 from pipeline.model import Model
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.forms import parse_form
-from pipeline.serving.plans import plan_generation, plan_likelihood
+from pipeline.serving.plans import GenerationPlan, plan_generation, plan_likelihood
 from pipeline.serving.refusals import Refused, RequestError
 from pipeline.serving.requests import GenerationRequest, LikelihoodOptions, decode_base64, parse_body
 
@@ -131,18 +131,26 @@ def test_options_may_be_lists_and_formulas(tiny: Model) -> None:
         plan(tiny, sampler="adaptive", integer_steps=True).build(tiny)
 
 
+def asked(made: GenerationPlan) -> list[int]:
+    assert made.conditioning.label is not None
+    return made.conditioning.label.tolist()
+
+
 def test_a_prompt_is_a_class(tiny: Model) -> None:
-    assert plan(tiny, prompt="7", n=2).labels == (7, 7)
-    assert plan(tiny, prompt=" 07 ").labels == (7,)
-    assert plan(tiny, prompt="").labels is None
-    assert plan(tiny, labels=[1, -1], n=2).labels == (1, -1)
+    assert asked(plan(tiny, prompt="7", n=2)) == [7, 7]
+    assert asked(plan(tiny, prompt=" 07 ")) == [7]
+    assert asked(plan(tiny, prompt="")) == [-1]
+    assert asked(plan(tiny, labels=[1, -1], n=2)) == [1, -1]
+    assert asked(plan(tiny, prompt="7", labels=7)) == [7]
+    with pytest.raises(RequestError, match="ask for different things"):
+        plan(tiny, prompt="7", labels=6)
 
 
 def test_a_prompt_is_matched_exactly_first_then_without_case(tiny: Model) -> None:
     names = ["cat", "Cat", "tabby Cat", "DOG", "1", "Straße", "x", "y", "z", "2"]
     named = Model(tiny.config, tiny.denoiser, {**tiny.card, "class_names": names}, tiny.digest)
     told = {"cat": 0, "Cat": 1, " Cat ": 1, "TABBY CAT": 2, "dog": 3, "1": 4, "STRASSE": 5, "2": 9, "3": 3, "X": 6}
-    assert {prompt: plan(named, prompt=prompt).labels[0] for prompt in told} == told
+    assert {prompt: asked(plan(named, prompt=prompt))[0] for prompt in told} == told
     for prompt in ("CAT", "tabby", "10", "²"):
         with pytest.raises(RequestError, match="name or number of a class"):
             plan(named, prompt=prompt)

@@ -51,13 +51,15 @@ def test_versions_aliases_and_the_same_model_back(uri: str, tmp_path: Path) -> N
 
     model = pipeline.load("models:/m@champion", tracking_uri=uri)
     assert model.digest == made.digest
-    assert torch.equal(model.sample(3, [0, 1, 2], seed=4), pipeline.load(first).sample(3, [0, 1, 2], seed=4))
+    assert torch.equal(
+        model.sample(3, labels=[0, 1, 2], seed=4), pipeline.load(first).sample(3, labels=[0, 1, 2], seed=4)
+    )
 
     import mlflow
 
     flavor = mlflow.pyfunc.load_model("models:/m@champion")
     images = flavor.predict({"n": 3, "labels": [0, 1, 2], "seed": 4})
-    assert np.array_equal(images, model.sample(3, [0, 1, 2], seed=4).permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(images, model.sample(3, labels=[0, 1, 2], seed=4).permute(0, 2, 3, 1).numpy())
     scores = flavor.predict({"images": images, "labels": [0, 1, 2], "seed": 4})
     assert scores.shape == (3,)
     assert np.isfinite(scores).all()

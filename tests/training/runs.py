@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 
 from pipeline import backbones, storage
+from pipeline.conditioner import numbered
 from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.objective import OBJECTIVES, DiscreteVLB, Objective
@@ -103,7 +104,7 @@ def task(
         config=TrainingConfig(**{**PLAIN, **over}),
         denoiser=denoiser(width, schedule),
         objective=_objective(objective),
-        classes=CLASSES,
+        conditioner=numbered("labels", CLASSES),
         open_batches=lambda step: Scans(step, place.shards(SHARDS)),
         batch_size=BATCH,
         logical_shards=SHARDS,

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 
 from pipeline import backbones
+from pipeline.conditioner import numbered
 from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.objective import OBJECTIVES
@@ -109,5 +110,5 @@ def _reduced(kind: str, place: Place) -> tuple[TrainingModule, Reduction]:
     options = backbones.UNetConfig(base_width=32, multipliers=(1, 2, 2), blocks=1, attention_at=(16,))
     network = backbones.build(options, channels=3, size=32, classes=0, out_channels=3)
     denoiser = Denoiser(network, SCHEDULES["cosine"](), Parameterization("eps", "vp"), level="step_index")
-    module = TrainingModule(laid_out(denoiser, place.device).train(), OBJECTIVES["weighted"](), 0)
+    module = TrainingModule(laid_out(denoiser, place.device).train(), OBJECTIVES["weighted"](), numbered("labels", 0))
     return module, reduction(kind, module, place)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import backbones
+from pipeline.conditioner import numbered
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
@@ -39,7 +40,7 @@ def test_accumulated_gradients_meet_once(tmp_path: Path) -> None:
     )
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        module = TrainingModule(denoiser().train(), OBJECTIVES["weighted"](), CLASSES)
+        module = TrainingModule(denoiser().train(), OBJECTIVES["weighted"](), numbered("labels", CLASSES))
         reduction = DDP(module, Place())
         reduced: list[Tensor] = []
 
@@ -116,7 +117,9 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
         network(
             torch.zeros(1, 1, 8, 8), torch.zeros(1), Conditioning(torch.zeros(1, dtype=torch.int64))
         ).sum().backward()
-    assert hardware.training_flops(network, (1, 8, 8), CLASSES) == counter.get_total_flops()
+    assert (
+        hardware.training_flops(network, (1, 8, 8), numbered("labels", CLASSES).nothing(1)) == counter.get_total_flops()
+    )
 
 
 def test_a_run_says_what_it_found_and_takes_the_faster_precision(tmp_path: Path) -> None:
@@ -126,7 +129,11 @@ def test_a_run_says_what_it_found_and_takes_the_faster_precision(tmp_path: Path)
     assert set(prepared.forward_backward_s) == tried
     assert prepared.precision == min(tried, key=lambda name: prepared.forward_backward_s[name])
     network = denoiser().network
-    assert prepared.flops_per_image == hardware.training_flops(network, (1, 8, 8), CLASSES) > 1e6
+    assert (
+        prepared.flops_per_image
+        == hardware.training_flops(network, (1, 8, 8), numbered("labels", CLASSES).nothing(1))
+        > 1e6
+    )
     assert say.decode(say.encode(prepared)) == prepared
     for event in found:
         if isinstance(event, say.Step):

@@ -49,14 +49,22 @@ class Batch:
     stands_in: Tensor | None = None
     lost: tuple[int, ...] = ()
 
+    def first(self, n: int) -> "Batch":
+        """Its first n samples; of damage it says nothing."""
+        labels, tags = (None if told is None else told[:n] for told in (self.labels, self.tags))
+        captions = None if self.captions is None else self.captions[:n]
+        return Batch(self.step, self.logical_shard, self.images[:n], labels, self.ids[:n], tags, captions)
+
 
 @dataclass(frozen=True)
 class Images:
-    """Images of a split in manifest order: (n, C, H, W) uint8, labels (n,) int64 or None, ids (n,) int64."""
+    """Images of a split in manifest order: (n, C, H, W) uint8, labels (n,) int64 or None, ids (n,) int64, tags (n, K)
+    uint8 of 0 and 1 or None."""
 
     images: Tensor
     labels: Tensor | None
     ids: Tensor
+    tags: Tensor | None = None
 
 
 class Readers(Protocol):
@@ -100,7 +108,6 @@ class Stream:
     Args:
         logical_shards: this worker's, e.g. rank, rank + W, ...
         readers: closed with the stream.
-        every: only each every-th step from `start_step` on, one a block.
 
     Attributes:
         step: the next step of which no batch was handed out yet: with it as `start_step`, another stream goes on
@@ -113,13 +120,7 @@ class Stream:
     """
 
     def __init__(
-        self,
-        config: StreamConfig,
-        manifest: Manifest,
-        logical_shards: Sequence[int],
-        start_step: int,
-        readers: Readers,
-        every: int = 1,
+        self, config: StreamConfig, manifest: Manifest, logical_shards: Sequence[int], start_step: int, readers: Readers
     ) -> None:
         if (
             not logical_shards
@@ -133,8 +134,7 @@ class Stream:
             raise ValueError(f"start_step must not be negative; got {start_step}")
         self.config, self.manifest, self.logical_shards, self.step = config, manifest, tuple(logical_shards), start_step
         self.requests = Requests(config, manifest)
-        fitting = steps_a_block(config, manifest, len(logical_shards))
-        self.every, self.steps_a_block = every, fitting if every == 1 else 1
+        self.steps_a_block = steps_a_block(config, manifest, len(logical_shards))
         block_bytes = self.steps_a_block * config.shard_batch * manifest.image.bytes
         enough = BLOCKS_AHEAD * (len(logical_shards) + config.readers)  # every reader has one to do and one to do next
         self.most_blocks = max(BLOCKS_AHEAD * len(logical_shards), min(enough, config.read_ahead_bytes // block_bytes))
@@ -174,9 +174,9 @@ class Stream:
                     if step == first:
                         held.append(self._made_whole(self.readers.result(self.under_way[0])))
                         self.under_way.popleft()
-                    self.step = step + self.every
+                    self.step = step + 1
                     yield self._batch(held[place], step)
-            first = stop + self.every - 1
+            first = stop
 
     def _requests(self, first: int) -> Iterator[BlockRequest]:
         """All requests from a step on, in the order in which they are consumed; blocks end at multiples of
@@ -186,7 +186,7 @@ class Stream:
             stop = (first // self.steps_a_block + 1) * self.steps_a_block
             for logical_shard in self.logical_shards:
                 yield self.requests.block(logical_shard, first, stop)
-            first = stop + self.every - 1
+            first = stop
 
     def _made_whole(self, block: Block) -> "_Held":
         """A block with others standing in for its lost samples.
@@ -312,6 +312,7 @@ def load_split(manifest: Manifest, name: str, limit: int | None, max_bytes: int)
             "give a limit"
         )
     read: list[Block] = []
+    reading = Reading(tag_names=manifest.names.tags)
     first_id, left = 0, count
     for place, (_, part) in enumerate(manifest.parts):
         split = part.split(name)
@@ -320,7 +321,7 @@ def load_split(manifest: Manifest, name: str, limit: int | None, max_bytes: int)
             if not size:
                 continue
             numbers = np.stack([np.full(size, shard, dtype=np.int64), np.arange(size, dtype=np.int64)], axis=1)
-            request = shard_request(manifest, name, place, shard, split.places(numbers)[:, 1], Reading())
+            request = shard_request(manifest, name, place, shard, split.places(numbers)[:, 1], reading)
             read.append(blocks.read_block(replace(request, ids=request.ids + first_id)))
             left -= size
         first_id += int(split.starts[-1])
@@ -328,4 +329,6 @@ def load_split(manifest: Manifest, name: str, limit: int | None, max_bytes: int)
         torch.from_numpy(np.concatenate([getattr(block, field) for block in read]))
         for field in ("images", "labels", "ids")
     )
-    return Images(images, labels if manifest.labelled else None, ids)
+    told = [block.tags for block in read if block.tags is not None]
+    tags = torch.from_numpy(np.concatenate(told)) if len(told) == len(read) else None
+    return Images(images, labels if manifest.labelled else None, ids, tags)

@@ -10,14 +10,14 @@ so that no form of the loss ever subtracts two nearly equal images, however smal
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.conditioning import NO_LABEL, Conditioning
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.formula import Formula
 from pipeline.diffusion.parameterization import Parameterization
@@ -72,19 +72,18 @@ def draw_uniform(count: int, key: StepKey, *, stratified: bool, device: torch.de
     return ((offset + place / (key.shards * count)) % 1).to(device)
 
 
-def drop_labels(conditioning: Conditioning, probability: float, key: StepKey) -> Conditioning:
-    """Each label becomes `NO_LABEL` with this probability: one network learns both models of classifier-free guidance.
+def drop_condition(conditioning: Conditioning, probability: float, key: StepKey) -> Conditioning:
+    """Each row asks for nothing with this probability: one network learns both models of classifier-free guidance.
 
     Raises:
         ValueError: probability outside [0, 1].
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"label_dropout must be within 0..1, got {probability:g}")
-    if conditioning.label is None or probability == 0:
+    if not conditioning.asks or probability == 0:
         return conditioning
-    draws = torch.rand(len(conditioning.label), generator=key.generator("label-dropout"))
-    dropped = (draws < probability).to(conditioning.label.device)
-    return replace(conditioning, label=conditioning.label.masked_fill(dropped, NO_LABEL))
+    draws = torch.rand(conditioning.rows, generator=key.generator("label-dropout"))
+    return conditioning.dropped(draws < probability)
 
 
 # --- densities: the law a uniform number is sent through to a level -------------------------------

@@ -21,7 +21,7 @@ from pipeline.diffusion.objectives.loss import (
     check_weight_formula,
     draw_noise,
     draw_uniform,
-    drop_labels,
+    drop_condition,
     regress,
     weight_formula,
     weight_table,
@@ -42,7 +42,7 @@ __all__ = [
     "Objective",
     "Simple",
     "Weighted",
-    "drop_labels",
+    "drop_condition",
 ]
 
 

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from pipeline.backbones.diffusers_dit import dit_from_diffusers, dit_to_diffusers
 from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked
+from pipeline.backbones.diffusers_pixart import pixart_from_diffusers, pixart_to_diffusers
+from pipeline.backbones.diffusers_text_unet import text_unet_from_diffusers, text_unet_to_diffusers
 from pipeline.backbones.diffusers_unet import unet_from_diffusers, unet_to_diffusers
 from pipeline.backbones.table import Architecture
+from pipeline.backbones.unet import UNetConfig
 from pipeline.choose import choose
 
 __all__ = ["Diffusers", "Weights", "from_diffusers", "to_diffusers"]
@@ -39,8 +42,19 @@ def to_diffusers(architecture: Architecture, weights: Mapping[str, Tensor]) -> D
     return choose(WRITERS, name, "network that diffusers knows")(architecture, dict(weights))
 
 
+def unet_either_to_diffusers(architecture: Architecture, weights: Weights) -> Diffusers:
+    text = isinstance(architecture.config, UNetConfig) and architecture.config.text_width
+    return text_unet_to_diffusers(architecture, weights) if text else unet_to_diffusers(architecture, weights)
+
+
 READERS: dict[str, Callable[[Mapping[str, Any], Weights], tuple[Architecture, Weights]]] = {
     "UNet2DModel": unet_from_diffusers,
     "DiTTransformer2DModel": dit_from_diffusers,
+    "UNet2DConditionModel": text_unet_from_diffusers,
+    "PixArtTransformer2DModel": pixart_from_diffusers,
 }
-WRITERS: dict[str, Callable[[Architecture, Weights], Diffusers]] = {"UNet": unet_to_diffusers, "DiT": dit_to_diffusers}
+WRITERS: dict[str, Callable[[Architecture, Weights], Diffusers]] = {
+    "UNet": unet_either_to_diffusers,
+    "DiT": dit_to_diffusers,
+    "PixArt": pixart_to_diffusers,
+}

@@ -1,6 +1,7 @@
 """The published networks, as arguments of `build`."""
 
 import math
+from dataclasses import replace
 
 from pipeline.backbones.dit import dit
 from pipeline.backbones.table import Architecture
@@ -63,3 +64,30 @@ PUBLISHED: dict[str, Architecture] = {
     ),
     "dit_xl_2": Architecture(dit("XL"), channels=4, size=32, classes=1000, out_channels=8),
 }
+
+# told words; what Stable Diffusion's folders say, counted on the meta device
+STABLE_DIFFUSION_1 = UNetConfig(
+    base_width=320,
+    multipliers=(1, 2, 4, 4),
+    attention_at=(64, 32, 16),
+    heads=8,
+    dropout=0.0,
+    down_padding=1,
+    norm_group_width=1,
+    norm_eps=1e-5,
+    embedding_order="cos_sin",
+    embedding_denominator="half",
+    text_width=768,
+    text_projection="conv",
+    init="torch",
+)
+STABLE_DIFFUSION_2 = replace(STABLE_DIFFUSION_1, heads=None, head_width=64, text_width=1024, text_projection="linear")
+STABLE_DIFFUSION_XL = replace(
+    STABLE_DIFFUSION_2,
+    multipliers=(1, 2, 4),
+    attention_at=(64, 32),
+    text_width=2048,
+    text_depth=(1, 2, 10),
+    pooled_width=1280,
+    size_conditions=6,
+)

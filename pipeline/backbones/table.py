@@ -6,10 +6,11 @@ from torch import nn
 
 from pipeline.backbones.dit import DiT, DiTConfig
 from pipeline.backbones.mlp import MLP, MLPConfig
+from pipeline.backbones.pixart import PixArt, PixArtConfig
 from pipeline.backbones.unet import UNet, UNetConfig
 from pipeline.backbones.vdm import VDM, VDMConfig
 
-BackboneConfig = UNetConfig | VDMConfig | DiTConfig | MLPConfig
+BackboneConfig = UNetConfig | VDMConfig | DiTConfig | MLPConfig | PixArtConfig
 
 
 def build(config: BackboneConfig, channels: int, size: int, classes: int, out_channels: int) -> nn.Module:
@@ -53,4 +54,5 @@ NETWORKS: dict[type[BackboneConfig], type[nn.Module]] = {
     VDMConfig: VDM,
     DiTConfig: DiT,
     MLPConfig: MLP,
+    PixArtConfig: PixArt,
 }

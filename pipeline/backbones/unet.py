@@ -29,10 +29,13 @@ from pipeline.backbones.layers import (
     sinusoidal_embedding,
 )
 from pipeline.backbones.options import at_least, positive, probability, settle
+from pipeline.backbones.unet_text import TextTransformer, check_text_options
 from pipeline.backbones.vdm import check_exponents, fourier_features
+from pipeline.backbones.words import CrossAttention, Prompt, Words, check_text, prompt_of
 from pipeline.diffusion.conditioning import Conditioning
 
 Resize = Literal["none", "down", "up"]
+TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a transformer, whatever the others have
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ class UNetConfig:
     ] = ()
     label_at: Annotated[Literal["input", "output"], "of the noise embedding's two layers: labels join here"] = "output"
     augmentation_labels: Annotated[int, "numbers that describe the augmentation of an image (EDM: 9); 0: none"] = 0
+    text_width: Annotated[int, "features of a text's token, attended to wherever there is attention; 0: no text"] = 0
+    text_depth: Annotated[tuple[int, ...], "transformer blocks of an attention, by resolution, or one for all"] = (1,)
+    pooled_width: Annotated[int, "features of one vector a text, joining the noise embedding (SDXL: 1280)"] = 0
+    size_conditions: Annotated[int, "numbers that describe the image's size and crop (SDXL: 6)"] = 0
+    size_features: Annotated[int, "sinusoids of each of size_conditions"] = 256
+    text_projection: Annotated[Literal["linear", "conv"], "how diffusers keeps a transformer's ends"] = "linear"
     init: Annotated[Literal["xavier", "torch"], "weights: Xavier uniform, zero biases; or torch's default"] = "xavier"
     last_gain: Annotated[float, "factor on the initial last layer of each block (0, or 1e-5 in DDPM++)"] = 0.0
     attention_gain: Annotated[float, "init=xavier: factor on the initial query, key and value weights"] = 1.0
@@ -86,6 +95,7 @@ class UNetConfig:
         positive(self, "skip_scale", "norm_eps", "level_scale", "fourier_scale")
         probability(self, "dropout")
         check_exponents(self.fourier_exponents)
+        check_text_options(self)
 
     @property
     def embedding_width(self) -> int:
@@ -104,6 +114,17 @@ class UNetConfig:
         """The GroupNorm of a layer of `width` channels. Raises ValueError where the groups do not divide it."""
         return group_norm(width, self.norm_groups, self.norm_group_width, self.norm_eps)
 
+    def depth(self, level: int) -> int:
+        """Transformer blocks of an attention at a resolution, counted from the finest."""
+        return self.text_depth[level if len(self.text_depth) > 1 else 0]
+
+    def attention(self, width: int, level: int) -> nn.Module:
+        """What an attention layer is: over the pixels, or with text a transformer over pixels and words."""
+        if not self.text_width:
+            return Attention(self.norm(width), self.heads_of(width), self.skip_scale)
+        norm = group_norm(width, self.norm_groups, self.norm_group_width, TRANSFORMER_NORM_EPS)
+        return TextTransformer(norm, self.heads_of(width), self.depth(level), self.text_width)
+
 
 def resized(x: Tensor, resample: Resize) -> Tensor:
     """Mean of 2x2 pixels, or each pixel repeated 2x2."""
@@ -115,7 +136,9 @@ def resized(x: Tensor, resample: Resize) -> Tensor:
 class Block(nn.Module):
     """norm, silu, [resize,] conv, noise level, norm, silu, dropout, conv, plus the input; then attention if asked."""
 
-    def __init__(self, config: UNetConfig, c_in: int, c_out: int, attention: bool, resample: Resize = "none") -> None:
+    def __init__(
+        self, config: UNetConfig, c_in: int, c_out: int, attention: bool, resample: Resize = "none", level: int = 0
+    ) -> None:
         super().__init__()
         self.resample: Resize = resample
         self.skip_scale, self.dropout = config.skip_scale, config.dropout
@@ -127,9 +150,9 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         projected = c_in != c_out or (resample != "none" and config.resample_projection)
         self.skip = nn.Conv2d(c_in, c_out, 1) if projected else None
-        self.attention = Attention(config.norm(c_out), config.heads_of(c_out), config.skip_scale) if attention else None
+        self.attention = config.attention(c_out, level) if attention else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, prompt: Prompt | None = None) -> Tensor:
         h = self.conv1(resized(norm_silu(x, self.norm1), self.resample))
         modulation = self.modulation(emb)[:, :, None, None]
         if self.scaled:
@@ -141,6 +164,8 @@ class Block(nn.Module):
         h = F.conv2d(h, kept_scale(self.conv2.weight, self.dropout, self.training), self.conv2.bias, padding=1)
         h = h.add_(self.skipped(x))  # no backward needs a convolution's output: summing in place is safe
         h = h if self.skip_scale == 1 else h.mul_(self.skip_scale)
+        if isinstance(self.attention, TextTransformer):
+            return self.attention(h, prompt)
         return h if self.attention is None else self.attention(h)
 
     def skipped(self, x: Tensor) -> Tensor:
@@ -158,7 +183,7 @@ class Downsample(nn.Module):
         self.padding = config.down_padding
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=config.down_padding)
 
-    def forward(self, x: Tensor, _emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, _emb: Tensor, _prompt: Prompt | None = None) -> Tensor:
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
@@ -169,7 +194,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor, _emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, _emb: Tensor, _prompt: Prompt | None = None) -> Tensor:
         return self.conv(resized(x, "up"))
 
 
@@ -202,6 +227,9 @@ class UNet(nn.Module):
             nn.Linear(config.augmentation_labels, base, bias=False) if config.augmentation_labels else None
         )
 
+        described = config.pooled_width + config.size_conditions * config.size_features
+        self.pooled1 = nn.Linear(described, config.embedding_width) if described else None
+        self.pooled2 = nn.Linear(config.embedding_width, config.embedding_width) if described else None
         self.conv_in = nn.Conv2d(channels * (1 + 2 * len(config.fourier_exponents)), width, 3, padding=1)
         self.encoder, skips = nn.ModuleList(), [width]
         for i, (resolution, multiplier) in enumerate(zip(resolutions, config.multipliers, strict=True)):
@@ -210,10 +238,14 @@ class UNet(nn.Module):
                 self.encoder.append(Block(config, width, width, False, "down") if block else Downsample(config, width))
                 skips.append(width)
             for _ in range(config.blocks):
-                self.encoder.append(Block(config, width, base * multiplier, resolution in config.attention_at))
+                attention = resolution in config.attention_at
+                self.encoder.append(Block(config, width, base * multiplier, attention, level=i))
                 width = base * multiplier
                 skips.append(width)
-        self.middle = nn.ModuleList([Block(config, width, width, True), Block(config, width, width, False)])
+        coarsest = len(resolutions) - 1
+        self.middle = nn.ModuleList(
+            [Block(config, width, width, True, level=coarsest), Block(config, width, width, False)]
+        )
         self.decoder, self.takes_skip = nn.ModuleList(), list[bool]()
         for i in reversed(range(len(resolutions))):
             if i < len(resolutions) - 1:
@@ -225,32 +257,55 @@ class UNet(nn.Module):
                 attention = resolutions[i] in config.attention_at and (
                     config.decoder_attention == "every" or j == config.blocks
                 )
-                self.decoder.append(Block(config, width + skips.pop(), base * config.multipliers[i], attention))
+                self.decoder.append(
+                    Block(config, width + skips.pop(), base * config.multipliers[i], attention, level=i)
+                )
                 self.takes_skip.append(True)
                 width = base * config.multipliers[i]
         self.norm_out = config.norm(width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        for place, layer in enumerate(self.cross_attentions()):
+            layer.place = place
         initialise(self, config)
 
-    def forward(self, z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+    def cross_attentions(self) -> list[CrossAttention]:
+        """In the order of their keys and values in a `Prompt`."""
+        return [module for module in self.modules() if isinstance(module, CrossAttention)]
+
+    def prompt(self, words: Words) -> Prompt:
+        """Keys and values of all layers: give it in place of the words for as many calls as there are with them.
+
+        Raises:
+            ValueError: texts of another width, or a network without text.
+        """
+        config = self.config
+        if not config.text_width:
+            raise ValueError("words were given to a network without text: build it with text_width")
+        check_text(words, config.text_width, config.pooled_width, config.size_conditions)
+        return prompt_of(self.cross_attentions(), words.states.to(self.map1.weight.dtype), words)
+
+    def forward(
+        self, z: Tensor, level: Tensor, conditioning: Conditioning, words: Words | Prompt | None = None
+    ) -> Tensor:
         """z (n, channels, size, size), level (n,) float32, -> F (n, out_channels, size, size).
 
         Raises:
-            ValueError: labels for a network without classes.
+            ValueError: labels for a network without classes, words for one without text.
         """
-        emb = self.embed(level, conditioning)
+        prompt = self.prompt(words) if isinstance(words, Words) else words
+        emb = self.embed(level, conditioning, prompt)
         h = fast_layout(self.conv_in(fourier_features(z, self.config.fourier_exponents)))
         skips = [h]
         for stage in self.encoder:
-            h = stage(h, emb)
+            h = stage(h, emb, prompt)
             skips.append(h)
         for stage in self.middle:
-            h = stage(h, emb)
+            h = stage(h, emb, prompt)
         for stage, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
-            h = stage(torch.cat((h, skips.pop()), dim=1) if takes_skip else h, emb)
+            h = stage(torch.cat((h, skips.pop()), dim=1) if takes_skip else h, emb, prompt)
         return self.conv_out(norm_silu(h, self.norm_out)).contiguous()
 
-    def embed(self, level: Tensor, conditioning: Conditioning) -> Tensor:
+    def embed(self, level: Tensor, conditioning: Conditioning, prompt: Prompt | None = None) -> Tensor:
         """The (n, 4 base) vector that modulates every block, after its last silu."""
         config = self.config
         level = config.level_scale * level
@@ -268,7 +323,20 @@ class UNet(nn.Module):
         emb = self.map2(F.silu(self.map1(emb)))
         if label is not None and config.label_at == "output":
             emb = emb + label
-        return F.silu(emb)
+        told = self.told(prompt)
+        return F.silu(emb if told is None else emb + told)
+
+    def told(self, prompt: Prompt | None) -> Tensor | None:
+        """What a text's one vector and the image's sizes add to the noise embedding; no words add nothing."""
+        if prompt is None or self.pooled1 is None or self.pooled2 is None:
+            return None
+        config, parts = self.config, [] if prompt.pooled is None else [prompt.pooled]
+        if prompt.sizes is not None:
+            order, denominator = config.embedding_order, config.embedding_denominator
+            waves = sinusoidal_embedding(prompt.sizes.flatten(), config.size_features, order, denominator)
+            parts.append(waves.view(len(prompt.sizes), -1))
+        joined = torch.cat([part.to(self.pooled1.weight.dtype) for part in parts], dim=1)
+        return self.pooled2(F.silu(self.pooled1(joined)))
 
     def described(self, conditioning: Conditioning, count: int) -> Tensor | None:
         """What the first layer is told of each image's augmentation; None given is zeros: nothing was done to it.
@@ -312,12 +380,14 @@ def initialise(net: UNet, config: UNetConfig) -> None:
                     nn.init.zeros_(module.bias)
         if net.labels is not None:  # as a one-hot vector of length sqrt(classes) through a linear layer
             nn.init.xavier_uniform_(net.labels.weight, gain=math.sqrt(net.labels.num_embeddings))
-    last = [net.conv_out] + [m.conv2 for m in net.modules() if isinstance(m, Block)]
+    last: list[nn.Conv2d | nn.Linear] = [net.conv_out] + [m.conv2 for m in net.modules() if isinstance(m, Block)]
     for module in net.modules():
         if isinstance(module, Attention):
             last.append(module.proj)
             if config.init == "xavier":
                 module.qkv.weight.data.mul_(config.attention_gain)
+        if isinstance(module, TextTransformer):
+            last.append(module.proj_out)
     for module in last:
         module.weight.data.mul_(config.last_gain)
         if module.bias is not None:

@@ -224,8 +224,8 @@ def test_networks_that_diffusers_has_not_are_refused_by_name() -> None:
     architecture = Architecture(VDMConfig(width=16, layers=1), channels=3, size=8, classes=0, out_channels=3)
     with pytest.raises(ValueError, match="VDM"):
         to_diffusers(architecture, architecture.build().state_dict())
-    with pytest.raises(ValueError, match="UNet2DConditionModel"):
-        from_diffusers({"_class_name": "UNet2DConditionModel"}, {})
+    with pytest.raises(ValueError, match="UNet3DConditionModel"):
+        from_diffusers({"_class_name": "UNet3DConditionModel"}, {})
 
 
 @pytest.mark.parametrize(

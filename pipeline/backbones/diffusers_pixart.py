@@ -71,7 +71,7 @@ MICRO_SIZE = 128  # where use_additional_conditions is silent, diffusers takes i
 def _names(config: PixArtConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(our tensor, theirs that it is made of, one after the other)."""
     modules = NAMES | (MICRO_NAMES if config.micro_conditions else {})
-    named = {ours: (theirs,) for ours, theirs in modules.items()}
+    named: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in modules.items()}
     for i in range(config.layers):
         named |= {f"blocks.{i}.{ours}": (f"transformer_blocks.{i}.{theirs}",) for ours, theirs in BLOCK_NAMES.items()}
         for ours, parts in FUSED_NAMES.items():

@@ -88,7 +88,10 @@ BLOCK_PARTS = {
 
 def _names(config: UNetConfig, own: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(our tensor, theirs that it is made of, one after the other) of those in `own`."""
-    modules = {"pooled1": ("add_embedding.linear_1",), "pooled2": ("add_embedding.linear_2",)}
+    modules: dict[str, tuple[str, ...]] = {
+        "pooled1": ("add_embedding.linear_1",),
+        "pooled2": ("add_embedding.linear_2",),
+    }
     for ours, theirs, attention in unet_names(config):
         if attention:
             place = ours.removesuffix(".qkv")

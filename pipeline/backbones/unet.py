@@ -380,7 +380,8 @@ def initialise(net: UNet, config: UNetConfig) -> None:
                     nn.init.zeros_(module.bias)
         if net.labels is not None:  # as a one-hot vector of length sqrt(classes) through a linear layer
             nn.init.xavier_uniform_(net.labels.weight, gain=math.sqrt(net.labels.num_embeddings))
-    last: list[nn.Conv2d | nn.Linear] = [net.conv_out] + [m.conv2 for m in net.modules() if isinstance(m, Block)]
+    last: list[nn.Conv2d | nn.Linear] = [net.conv_out]
+    last += [m.conv2 for m in net.modules() if isinstance(m, Block)]
     for module in net.modules():
         if isinstance(module, Attention):
             last.append(module.proj)

@@ -20,10 +20,11 @@ class _Parser(argparse.ArgumentParser):
     sections: Sequence[str] = ()
 
     def format_help(self) -> str:
+        from jobs import choices
         from pipeline.config import describe
 
-        keys = describe(self.sections)
-        self.epilog = f"keys of the run file, override with section.key=value [default]:\n\n{keys}"
+        keys, named = describe(self.sections), choices.describe(self.sections)
+        self.epilog = f"keys of the run file, override with section.key=value [default]:\n\n{keys}\n{named}"
         return super().format_help()
 
 

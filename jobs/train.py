@@ -30,6 +30,8 @@ def run(config: RunConfig, *, local: bool = False) -> say.Finished:
 
     config = resume.with_full_paths(config)
     manifest = preflight.check(config, *_checks(config, local))
+    for line in preflight.later(config, manifest):
+        cli.console.print(f"  [yellow]warning:[/] {line}", soft_wrap=True)
     resume.keep(config)
     tracked = open_run(config, manifest, lambda line: cli.console.print(f"  {line}"))
     status = "FAILED"
@@ -98,6 +100,20 @@ def _train_here(config: RunConfig, sinks: Sink) -> say.Finished:
     raise RuntimeError("the training ended without saying so: this is a bug")
 
 
+def _foretell(config: RunConfig) -> None:
+    """What a dry run says of the shard set, where there is one. ValueError where the run would not start with it."""
+    from pipeline import assembly, preflight, storage
+
+    if not storage.exists(storage.join(config.stream.url, "manifest.json")):
+        cli.console.print(f"  no shard set at {config.stream.url} yet: run jobs.shard, then look again", soft_wrap=True)
+        return
+    manifest = assembly.data(config)
+    assembly.fits(config.model, manifest)
+    preflight.looked_at(config, manifest)
+    for line in preflight.later(config, manifest):
+        cli.console.print(f"  [yellow]warning:[/] {line}", soft_wrap=True)
+
+
 def main() -> None:
     sections = ["stream", "model", "objective", "training", "cluster", "tracking"]
     parser = cli.parser("train", __doc__ or "", sections, run_file_needed=False)
@@ -118,6 +134,7 @@ def main() -> None:
             from jobs.estimate import show
 
             show(config)
+            _foretell(config)
             return 0
         if args.local:
             finished = run(config, local=True)

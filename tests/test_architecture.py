@@ -120,6 +120,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "pipeline.storage",
             "pipeline.tracking",
             "pipeline.training",
+            "pipeline.evaluation",
         },
         set(),
     ),

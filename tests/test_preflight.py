@@ -162,3 +162,24 @@ def test_all_at_once(
     for line, part in zip(lines, wanted, strict=True):
         assert line.startswith("error: ")
         assert part in line
+
+
+def test_what_will_fail_later_is_told_at_once(config: RunConfig, tmp_path: Path) -> None:
+    """No held-out images, one of them, one class, a set smaller than a batch: warnings; the first keeps a run off."""
+
+    def told(count: int, held_out: float, classes: int) -> tuple[list[str], RunConfig]:
+        folder = tmp_path / f"{count}-{held_out}-{classes}"
+        write_images(folder / "images", count, 8, 1)
+        how = ShardConfig(str(folder / "images"), str(folder / "set"), image_size=8, channels=1, held_out=held_out)
+        made = shard_in_process(how)
+        now = replace(config, stream=replace(config.stream, url=made.url), model=replace(config.model, classes=classes))
+        return preflight.later(now, made), now
+
+    (lines, now) = told(3, 0.0, 0)
+    assert "at least 2 held-out images, the set has 0" in lines[0]
+    assert any("3 training images, a batch is" in line for line in lines)
+    assert "no held-out images, which training.evaluate_images" in " ".join(
+        problems(replace(now, training=replace(now.training, evaluate_images=8)))
+    )
+    lines, _ = told(200, 0.2, 1)
+    assert lines == ["there is one class: labels tell the network nothing, and no class agreement is measured"]

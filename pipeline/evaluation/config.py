@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from pipeline.choose import choose
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import SCORED_TOGETHER, Sampling
 
 
@@ -45,3 +48,30 @@ class EvaluationConfig:
             raise ValueError(f"evaluation.min_agreement must be a share, 0 to 1, got {self.min_agreement:g}")
         if self.max_frechet_ratio is not None and not self.max_frechet_ratio > 0:
             raise ValueError(f"evaluation.max_frechet_ratio must be positive, got {self.max_frechet_ratio:g}")
+
+
+def unmeasurable(config: EvaluationConfig, classes: int, held_out: int) -> list[str]:
+    """What of an evaluation cannot be done with a set of so many classes (0: none) and held-out images, a line each.
+
+    Raises:
+        ValueError: no such estimator or sampler.
+    """
+    for name in config.estimators:
+        choose(ESTIMATORS, name, "evaluation.estimators: estimator")
+    choose(SAMPLERS, config.sampling.sampler, "evaluation.sampling.sampler: sampler")
+    problems: list[str] = []
+    if held_out < 2:
+        problems.append(
+            f"an evaluation needs at least 2 held-out images, the set has {held_out}: shard it with a larger "
+            f"shard.held_out"
+        )
+    if classes < 2:
+        have = "one class" if classes else "no classes"
+        if config.min_agreement is not None:
+            problems.append(
+                f"evaluation.min_agreement demands {config.min_agreement:g}, and with {have} there is nothing to tell "
+                f"apart: set it to null"
+            )
+        if config.features == "classifier":
+            problems.append(f"evaluation.features 'classifier' needs at least two classes, there is {have}: use auto")
+    return problems

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.choose import choose
 from pipeline.conditioner import Conditioner
-from pipeline.diffusion.likelihood.estimators import ESTIMATORS
-from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.evaluation.bits_per_dim import Scores, score
-from pipeline.evaluation.config import EvaluationConfig
+from pipeline.evaluation.config import EvaluationConfig, unmeasurable
 from pipeline.evaluation.features import Labelled, features_of, judgeable
 from pipeline.evaluation.memorisation import Memorisation, memorisation
 from pipeline.evaluation.quality import Agreement, class_agreement, frechet_to_held_out
@@ -119,33 +116,6 @@ def evaluate(
     found = judge(samples, asked, scores, classes, train, held_out, config)
     progress("judging", config.samples, config.samples)
     return found
-
-
-def unmeasurable(config: EvaluationConfig, classes: int, held_out: int) -> list[str]:
-    """What of an evaluation cannot be done with a set of so many classes (0: none) and held-out images, a line each.
-
-    Raises:
-        ValueError: no such estimator or sampler.
-    """
-    for name in config.estimators:
-        choose(ESTIMATORS, name, "evaluation.estimators: estimator")
-    choose(SAMPLERS, config.sampling.sampler, "evaluation.sampling.sampler: sampler")
-    problems: list[str] = []
-    if held_out < 2:
-        problems.append(
-            f"an evaluation needs at least 2 held-out images, the set has {held_out}: shard it with a larger "
-            f"shard.held_out"
-        )
-    if classes < 2:
-        have = "one class" if classes else "no classes"
-        if config.min_agreement is not None:
-            problems.append(
-                f"evaluation.min_agreement demands {config.min_agreement:g}, and with {have} there is nothing to tell "
-                f"apart: set it to null"
-            )
-        if config.features == "classifier":
-            problems.append(f"evaluation.features 'classifier' needs at least two classes, there is {have}: use auto")
-    return problems
 
 
 def judge(

@@ -1,5 +1,6 @@
 """What a user can mend is one line that names what and where, exit code 2, no traceback, and nothing left over."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,3 +89,17 @@ def test_help_is_readable() -> None:
     for verb, done in zip(verbs, asked, strict=True):
         assert done.returncode == 0, done.stderr
         assert f"python -m jobs.{verb}" in done.stdout
+
+
+def test_help_lists_what_can_be_chosen_by_name() -> None:
+    """Every option of every network, schedule, objective, sampler and estimator, with its default."""
+    from jobs import choices
+
+    text = choices.describe(list(choices.SECTIONS))
+    for key, table in choices.tables().items():
+        assert f"names and options of {key}:" in text
+        for name, made in table.items():
+            part = text.split(f"names and options of {key}:")[1].split(f"\n  {name}:")[1].split("\n\n")[0]
+            for option in choices.options(made):
+                line = next(line for line in part.splitlines() if line.startswith(f"    {option.name} "))
+                assert re.search(r"\S+ +\S.* \[.*\]$", line), line

@@ -85,3 +85,27 @@ def test_an_error_is_raised_at_once_though_another_run_is_silent() -> None:
         under_test.run(fetch)
     assert time.monotonic() - began < 5
     release.set()
+
+
+def test_a_share_of_all_reads_may_be_asked_again() -> None:
+    """What silent reads used up is saved up again, a SHARE a read answered, and no more than SAVED_UP."""
+    under_test = warm()
+    assert under_test.allowed == hedge.SAVED_UP
+    under_test.allowed = 0.0
+    for _ in range(30):
+        under_test.run(answer)
+    assert under_test.allowed == pytest.approx(30 * 0.1)
+    assert hedge.SHARE == 0.1, "one request in ten"
+
+
+def test_nothing_saved_up_nothing_asked_again() -> None:
+    under_test, runs = warm(), list[int]()
+    under_test.allowed = 0.5
+
+    def fetch(heard: Callable[[], None]) -> bytes:
+        runs.append(1)
+        time.sleep(5 * hedge.SILENT_LEAST_S)
+        return answer(heard)
+
+    under_test.run(fetch)
+    assert (len(runs), under_test.asked_again) == (1, 0)

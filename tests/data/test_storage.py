@@ -219,3 +219,26 @@ def test_a_full_disk_is_said_with_the_path(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_write_is_on_the_disk_before_it_has_its_name_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's fsync with all its bytes, the rename, the folder's fsync, in this order."""
+    seen: list[tuple[str, str | bytes]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        seen.append(("folder", str(path)) if path.is_dir() else ("file", path.read_bytes()))
+        fsync(handle)
+
+    def renamed(source: str, target: str) -> None:
+        seen.append(("rename", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    place = tmp_path / "a"
+    storage.write_bytes(str(place), b"all of it")
+    assert seen == [("file", b"all of it"), ("rename", str(place)), ("folder", str(tmp_path))]

@@ -1,16 +1,14 @@
 """The same images as independent implementations make from the same network and the same noise.
 
 diffusers and torchdiffeq come with the development dependencies. k-diffusion does not (its package pulls in far more
-than its samplers): its part is skipped unless `pip install --no-deps k-diffusion torchsde trampoline` was run.
+than its samplers): its formulas are written down here.
 """
 
-import importlib.metadata
-import importlib.util
+import importlib
 import math
-import sys
-import types
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -211,53 +209,73 @@ def test_adaptive_agrees_with_torchdiffeq() -> None:
 
 
 # --- k-diffusion ------------------------------------------------------------------------------------------------------
+# its samplers as they are published (Karras et al. 2022, algorithms 1 and 2; Lu et al. 2022, algorithm 2), written down
+# once more in sigma alone, where ours walk in gamma by moves
+
+Model = Callable[[Tensor, float], Tensor]  # x_hat at (x, sigma)
 
 
-def k_diffusion_sampling() -> Any:
-    """Its file of samplers alone."""
-    try:
-        files = importlib.metadata.files("k-diffusion") or []
-        importlib.import_module("torchsde")
-    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError):
-        pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion torchsde trampoline")
-    path = next(str(file.locate()) for file in files if str(file) == "k_diffusion/sampling.py")
-    package, utils = types.ModuleType("k_diffusion"), types.ModuleType("k_diffusion.utils")
-    package.__path__ = []
-    vars(utils)["append_dims"] = lambda x, dims: x[(...,) + (None,) * (dims - x.ndim)]
-    vars(package)["utils"] = utils
-    spec = importlib.util.spec_from_file_location("k_diffusion.sampling", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    names = {"k_diffusion": package, "k_diffusion.utils": utils, "k_diffusion.sampling": module}
-    sys.modules.update(names)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        for name in names:
-            sys.modules.pop(name)
-    return module
+def in_sigma_euler(model: Model, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Tensor:
+    for now, then in pairwise(sigmas):
+        x = x + (x - model(x, now)) / now * (then - now)
+    return x
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "euler_ancestral"])
-def test_k_diffusion(name: str) -> None:
-    sampling = k_diffusion_sampling()
+def in_sigma_heun(model: Model, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Tensor:
+    for now, then in pairwise(sigmas):
+        slope = (x - model(x, now)) / now
+        ahead = x + slope * (then - now)
+        if then > 0:
+            slope = (slope + (ahead - model(ahead, then)) / then) / 2
+        x = x + slope * (then - now)
+    return x
+
+
+def in_sigma_dpmpp_2m(model: Model, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Tensor:
+    before: tuple[Tensor, float] | None = None
+    for now, then in pairwise(sigmas):
+        x_hat = model(x, now)
+        if then == 0:
+            return x_hat
+        h, mixed = math.log(now / then), x_hat
+        if before is not None:
+            ratio = before[1] / h
+            mixed = (1 + 1 / (2 * ratio)) * x_hat - before[0] / (2 * ratio)
+        x, before = then / now * x - math.expm1(-h) * mixed, (x_hat, h)
+    return x
+
+
+def in_sigma_euler_ancestral(model: Model, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Tensor:
+    for now, then in pairwise(sigmas):
+        up = then * math.sqrt(1 - (then / now) ** 2)
+        x = x + (x - model(x, now)) / now * (math.sqrt(then**2 - up**2) - now)
+        x = x + up * draw() if then > 0 else x
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("euler", in_sigma_euler),
+        ("heun", in_sigma_heun),
+        ("dpmpp_2m", in_sigma_dpmpp_2m),
+        ("euler_ancestral", in_sigma_euler_ancestral),
+    ],
+)
+def test_k_diffusion(name: str, theirs: Callable[..., Tensor]) -> None:
     schedule: Schedule = EDM()
     denoiser = Denoiser(
         Net(level_scale=1.0), schedule, Parameterization("edm", "ve"), level="log_sigma", network_input="unit_variance"
     )
     gammas, y = grid("rho", schedule, 18), start(80.0)
-    sigmas = torch.cat([torch.exp(gammas / 2), torch.zeros(1, dtype=torch.float64)]).float()
+    sigmas = [80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7)) for i in range(18)]
     noise = Noise([seed + 100 for seed in SEEDS])
 
-    def model(x: Tensor, sigma: Tensor) -> Tensor:
-        return denoiser(x, 2 * torch.log(sigma.double()), NONE).x_hat
+    def model(x: Tensor, sigma: float) -> Tensor:
+        return denoiser(x, torch.full((len(x),), 2 * math.log(sigma), dtype=torch.float64), NONE).x_hat
 
-    options: dict[str, Callable[..., Tensor]] = {}
-    if name == "euler_ancestral":
-        options["noise_sampler"] = lambda _, __: noise.normal_like(y)
     with torch.no_grad():
-        expected = getattr(sampling, f"sample_{name}")(model, y.clone(), sigmas, disable=True, **options)
+        expected = theirs(model, y.clone(), [s**7 for s in sigmas] + [0.0], lambda: noise.normal_like(y))
     agree(ours(name, denoiser, gammas, y), expected)
 
 

@@ -5,10 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import pipeline
 from jobs.quickstart import write_digits
 from tests.end_to_end.small_run import ROOT, RUN_FILE, small
 
@@ -84,3 +86,12 @@ def test_every_file_that_the_readme_names_exists() -> None:
         name = line.split()[0]
         folder = ROOT / "pipeline" if line.startswith("  ") else ROOT
         assert (folder / name).exists(), name
+
+
+def test_the_licence_is_packed_and_the_changes_begin_with_what_is_after_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [licence] = [path for pattern in project["license-files"] for path in ROOT.glob(pattern)]
+    text = licence.read_text()
+    assert project["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+    assert f"after {pipeline.__version__}" in (ROOT / ".github/CHANGELOG.md").read_text()

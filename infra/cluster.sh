@@ -14,33 +14,23 @@
 #   RAY_JOB_STOP_WAIT_TIME_S   how long `ray job stop` waits for a checkpoint before it kills [120]
 set -eu
 umask 077
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-self=$here/infra/cluster.sh
-say() { printf 'cluster: %s\n' "$*" >&2; }
-fail() { say "$*"; exit 1; }
+infra=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+self=$infra/cluster.sh
+usage=14
+. "$infra/common.sh"
 
-as_another_user() {
-    local user=${RAYDIFFUSION_USER:-raydiffusion} home
-    id "$user" >/dev/null 2>&1 || fail "root starts nothing: make a user (useradd --system --create-home $user) or name one with RAYDIFFUSION_USER"
-    [ "$(id -u "$user")" != 0 ] || fail "RAYDIFFUSION_USER must not be root"
-    home=$(getent passwd "$user" | cut -d: -f6)
-    [ -d "$home" ] || home=${RAYDIFFUSION_STATE:-/}
-    exec setpriv --reuid="$user" --regid="$(id -g "$user")" --init-groups -- env HOME="$home" USER="$user" bash "$self" "$@"
-}
-
-case "${1:-}" in
-head | join | status | down | env) [ "$(id -u)" != 0 ] || as_another_user "$@" ;;
+verb=${1:-}
+case "$verb" in
+head | join | status | down | env) become_unprivileged "$@" ;;
 unit | supervise) ;;
-*) sed -n '2,14s/^# \{0,1\}//p' "$self" >&2; exit 2 ;;
+*) usage ;;
 esac
-
-verb=$1; shift
+shift
 state=${RAYDIFFUSION_STATE:-$HOME/.raydiffusion}
 first=${RAYDIFFUSION_PORTS:-26000}
 token=$state/token
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 unset RAY_ADDRESS RAY_AUTH_TOKEN RAY_TMPDIR
-python=$here/.venv/bin/python
 export PATH="$here/.venv/bin:$PATH"
 nodes() { PYTHONPATH="$here" "$python" -P -m pipeline.cluster.nodes "$@"; } # of this checkout, wherever it is called from
 
@@ -69,7 +59,7 @@ parse() {
 
 check_state() {
     [ "${#state}" -le 36 ] || fail "RAYDIFFUSION_STATE is $state, ${#state} characters; Ray's sockets lie in it and allow 36"
-    "$python" -c "" 2>/dev/null || fail "$(id -un) cannot run $here/.venv/bin/python: run infra/setup.sh, in a folder that this user may read"
+    runs_python
     mkdir -p "$state/logs" || fail "cannot make $state; name another folder with RAYDIFFUSION_STATE"
     chmod 700 "$state"
 }
@@ -81,32 +71,6 @@ check_token() {
         mv "$token.new" "$token"
     fi
     [ "$(stat -c %a "$token")" = 600 ] || fail "others may read $token: chmod 600 $token"
-}
-
-running() {
-    [ -s "$state/supervisor" ] && tr '\0' ' ' <"/proc/$(cat "$state/supervisor")/cmdline" 2>/dev/null | grep -q 'cluster.sh supervise'
-}
-
-below() { # every descendant of process $1, but for what looks for them
-    local me=$BASHPID
-    cat /proc/[0-9]*/stat 2>/dev/null | awk -v root="$1" -v self="$me" '
-        { pid = $1; sub(/^.*\) . /, ""); of[$1] = of[$1] " " pid }
-        END {
-            todo = of[root]
-            while (split(todo, pids, " ")) {
-                todo = ""
-                for (at in pids) if (pids[at] != self) { print pids[at]; todo = todo of[pids[at]] }
-            }
-        }'
-}
-
-end_all() { # SIGTERM to Ray's first process, which ends the node in order; SIGKILL to what is left
-    local end=$((SECONDS + 40)) left
-    kill -TERM "$1" 2>/dev/null || true
-    while left=$(below $$); [ -n "$left" ]; do
-        [ $SECONDS -lt $end ] && kill -0 "$1" 2>/dev/null || kill -KILL $left 2>/dev/null || true
-        sleep 0.2
-    done
 }
 
 ray_start() {
@@ -138,6 +102,7 @@ supervise() { # the node's first process, which adopts what loses its parent: as
     set -m # else all that is started here would ignore SIGINT, by which Ray cancels a task
     trap 'asked=yes' TERM INT
     export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-120}"
+    export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=pipeline.cluster.gate:middlewares # bounds what clients may send
     export AUTOSCALER_METRIC_PORT=$((first + 8)) DASHBOARD_METRIC_PORT=$((first + 9))
     cd "$state"
     ulimit -Sn "$(ulimit -Hn)" || true
@@ -157,14 +122,12 @@ supervise() { # the node's first process, which adopts what loses its parent: as
 
 start() {
     parse "$@"; check_state; check_token
-    ! running || fail "a node is up here already (infra/cluster.sh status, down)"
+    ! running "$state" || fail "a node is up here already (infra/cluster.sh status, down)"
     nodes ports "$first" "$role" || fail "free them, or take others on all nodes with RAYDIFFUSION_PORTS"
     rm -f "$state/healthy" "$state/refused"
     [ "$role" = head ] || may_join
     [ "$role" = join ] || address=127.0.0.1:$first
     echo "$address" >"$state/address"
-    local adopting='import ctypes, os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)
-ctypes.CDLL(None).prctl(36, 1); os.execvp(sys.argv[1], sys.argv[1:])' # 36: PR_SET_CHILD_SUBREAPER
     local command=("$python" -c "$adopting" bash "$self" supervise "$role" "$address" -- "${more[@]}")
     if [ -n "$foreground" ]; then
         echo $$ >"$state/supervisor"
@@ -183,9 +146,9 @@ may_join() { # at once, where the head is up and refuses; a head that is not up 
 
 until_healthy() {
     local end=$((SECONDS + ${RAYDIFFUSION_START_S:-180}))
-    while [ ! -e "$state/healthy" ] && running && [ $SECONDS -lt $end ]; do sleep 0.2; done
+    while [ ! -e "$state/healthy" ] && running "$state" && [ $SECONDS -lt $end ]; do sleep 0.2; done
     if [ ! -e "$state/healthy" ]; then
-        ! running || down
+        ! running "$state" || down
         [ ! -s "$state/refused" ] || fail "$(cat "$state/refused")"
         fail "the node did not become healthy; the end of $state/logs/node.log: $(tail -n 3 "$state/logs/node.log" | tr '\n' ' ')"
     fi
@@ -194,18 +157,12 @@ until_healthy() {
 }
 
 status() {
-    running || { say "no node is up here"; return 1; }
+    running "$state" || { say "no node is up here"; return 1; }
     [ -e "$state/healthy" ] || { say "a node is starting here; see $state/logs/node.log"; return 1; }
     nodes list "$(cat "$state/address")"
 }
 
-down() {
-    running || { say "no node is up here"; return 0; }
-    local pid
-    pid=$(cat "$state/supervisor")
-    kill -TERM "$pid"
-    while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
-}
+down() { end_supervisor "$state" "no node is up here"; }
 
 environment() {
     printf 'export RAY_AUTH_MODE=token\nexport RAY_AUTH_TOKEN_PATH=%q\nexport RAY_API_SERVER_ADDRESS=http://127.0.0.1:%d\n' "$token" $((first + 1))

@@ -2,13 +2,18 @@
 submit`).
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.cli import console
+
+if TYPE_CHECKING:
+    from pipeline.cluster.monitoring import JobMetrics
 
 PLAIN_EVERY_S = 5.0
 
@@ -23,12 +28,15 @@ class Bar:
         self.started = time.monotonic()
         self.first: float | None = None  # where it stood at the start: resumed work has no rate
         self.printed = self.started
+        self.metrics = _metrics(what)
 
     def update(self, done: float, note: str = "") -> None:
         """`done` units so far in all; `note` is what else to show (loss, bits/dim)."""
         now = time.monotonic()
         if self.first is None:
             self.first = done
+        if self.metrics is not None:
+            self.metrics.update(done, self.total)
         elapsed = now - self.started
         rate = (done - self.first) / elapsed if elapsed > 0 else 0.0
         if self.progress is not None and self.task is not None:
@@ -39,6 +47,16 @@ class Bar:
             parts = [share, f"{rate:,.0f} {self.unit}/s", left, note]
             console.print(f"  {self.what}: {', '.join(part for part in parts if part)}", soft_wrap=True)
             self.printed = now
+
+
+def _metrics(what: str) -> "JobMetrics | None":
+    """Where the job has a Ray session, what Prometheus reads of it there."""
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    from pipeline.cluster.monitoring import JobMetrics
+
+    return JobMetrics(what)
 
 
 @contextmanager

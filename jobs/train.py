@@ -45,7 +45,7 @@ def run(config: RunConfig, *, local: bool = False) -> say.Finished:
                 if isinstance(event, say.Started) and (note := said_at_start(config.output, event.parameters)):
                     cli.console.print(f"  warning: {note}", soft_wrap=True)
 
-            finished = _train_here(config, sinks) if local else _fit(config, sinks)
+            finished = _train_here(config, sinks) if local else _fit(config, sinks, tracked.backlog)
         status = "FINISHED" if finished.complete else "KILLED"
     finally:
         tracked.close(status)
@@ -78,10 +78,10 @@ def _has_gpu(config: RunConfig) -> None:
         )
 
 
-def _fit(config: RunConfig, sinks: Sink) -> say.Finished:
+def _fit(config: RunConfig, sinks: Sink, backlog: Callable[[], int]) -> say.Finished:
     from pipeline.cluster.train import fit
 
-    return fit(config, sinks)
+    return fit(config, sinks, backlog)
 
 
 def _train_here(config: RunConfig, sinks: Sink) -> say.Finished:

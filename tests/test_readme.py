@@ -93,5 +93,6 @@ def test_the_licence_is_packed_and_the_changes_begin_with_what_is_after_this_ver
     [licence] = [path for pattern in project["license-files"] for path in ROOT.glob(pattern)]
     text = licence.read_text()
     assert project["license"] == "Apache-2.0"
-    assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
     assert f"after {pipeline.__version__}" in (ROOT / ".github/CHANGELOG.md").read_text()

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipeline.cluster.monitoring import feed_metrics
 from pipeline.cluster.session import result
 from pipeline.data.reading.blocks import Block, BlockRequest, read_block
 from pipeline.data.reading.stream import Stream, StreamConfig
@@ -32,11 +33,18 @@ def ray_stream(config: StreamConfig, manifest: Manifest, logical_shards: Sequenc
     return Stream(config, manifest, logical_shards, start_step, RayReaders(config))
 
 
+def _read_block(request: BlockRequest) -> Block:
+    started = time.monotonic()
+    block = read_block(request)
+    feed_metrics().read(block, time.monotonic() - started)
+    return block
+
+
 class RayReaders:
     """Readers as Ray tasks outside of any placement group, `readers` of them asking for CPUs at a time."""
 
     def __init__(self, config: StreamConfig) -> None:
-        self.task = ray.remote(read_block).options(
+        self.task = ray.remote(_read_block).options(
             num_cpus=config.reader_cpus,
             max_retries=3,
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-LOCK = Path(__file__).parents[2] / "infra" / "requirements.lock"
+LOCKS = Path(__file__).parents[2] / "infra"
 LABEL = "raydiffusion.environment"  # the label of a Ray node that holds `environment()`
 HEAD_PORTS = {"gcs": 0, "dashboard": 1, "autoscaler metrics": 8, "dashboard metrics": 9, "Ray client": 10}
 PORTS = {
@@ -44,9 +44,10 @@ class Node:
 
 
 def environment() -> str:
-    """What must be alike on all nodes, as one word: Python's minor version and a digest of the lock file."""
-    digest = hashlib.sha256(LOCK.read_bytes()).hexdigest() if LOCK.is_file() else "no-lock-file"
-    return f"python{'.'.join(platform.python_version_tuple()[:2])}-{digest[:16]}"
+    """What must be alike on all nodes, as one word: Python's minor version and a digest of the lock files."""
+    locks = sorted(LOCKS.glob("requirements*.lock"))
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in locks)).hexdigest()
+    return f"python{'.'.join(platform.python_version_tuple()[:2])}-{digest[:16] if locks else 'no-lock-file'}"
 
 
 def nodes(address: str) -> list[Node]:
@@ -139,7 +140,7 @@ def same_environment(mine: Node, others: Sequence[Node]) -> str | None:
         return None
     return (
         f"this node's environment is {mine.environment or 'unknown'}, the head's is {head.environment or 'unknown'} "
-        f"(Python and infra/requirements.lock): take the head's checkout and run infra/setup.sh"
+        f"(Python and infra/requirements*.lock): take the head's checkout and run infra/setup.sh"
     )
 
 

@@ -18,6 +18,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from pipeline import assembly, storage
 from pipeline.cluster import capacity, hang
 from pipeline.cluster.channel import listen, open_channel
+from pipeline.cluster.monitoring import RunMetrics
 from pipeline.cluster.preemption import NoticingTorchConfig
 from pipeline.cluster.watch import Verdict
 from pipeline.cluster.worker import REFUSED, work
@@ -32,8 +33,11 @@ COLLECTIVE_TIMEOUT_S = 900  # a lost peer is noticed in minutes, not in torch's 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def fit(config: "RunConfig", on_event: Callable[[say.Event], None]) -> say.Finished:
-    """Trains on the cluster that Ray is connected to; `on_event` is called on this thread as events come.
+def fit(
+    config: "RunConfig", on_event: Callable[[say.Event], None], backlog: Callable[[], int] = lambda: 0
+) -> say.Finished:
+    """Trains on the cluster that Ray is connected to; `on_event` is called on this thread as events come. `backlog`:
+    how many of them its sinks have not brought to where they go.
 
     The first SIGINT or SIGTERM saves a checkpoint and stops, the second interrupts.
 
@@ -54,12 +58,14 @@ def fit(config: "RunConfig", on_event: Callable[[say.Event], None]) -> say.Finis
     storage.delete(storage.join(assembly.checkpoints(config), SNAPSHOT))  # our commit records are the only authority
     channel = open_channel(config.cluster.hang_factor, config.cluster.hang_floor_s)
     fitting = _Fitting(trainer(config, manifest.digest, channel))
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, RunMetrics(config.name) as metrics:
         fitting.start()
         for heard in listen(channel, fitting, stop):
             event = _restarted(config, channel, heard) if isinstance(heard, Verdict) else _decoded(heard)
             if event is not None:
+                metrics.handle(event)
                 on_event(event)
+                metrics.backlog(backlog())
             finished = event if isinstance(event, say.Finished) else finished
     if fitting.error is not None:
         raise explained(fitting.error)

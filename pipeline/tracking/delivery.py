@@ -121,6 +121,10 @@ class TrackedRun:
                 self._warn(f"{self._spool.path}: {error}; the training goes on, what it tells meanwhile is lost")
             self._full = True
 
+    def backlog(self) -> int:
+        """Records that wait for the server; those of the last moments before it was found away not among them."""
+        return len(self._records.waiting) + len(self._files.waiting)
+
     def close(self, status: str = "FINISHED") -> bool:
         """Brings the rest, ends the MLflow run as FINISHED, FAILED or KILLED; whether the server has everything.
 

@@ -108,6 +108,7 @@ class Stream:
     Args:
         logical_shards: this worker's, e.g. rank, rank + W, ...
         readers: closed with the stream.
+        every: only each every-th step from `start_step` on, one a block.
 
     Attributes:
         step: the next step of which no batch was handed out yet: with it as `start_step`, another stream goes on
@@ -120,7 +121,13 @@ class Stream:
     """
 
     def __init__(
-        self, config: StreamConfig, manifest: Manifest, logical_shards: Sequence[int], start_step: int, readers: Readers
+        self,
+        config: StreamConfig,
+        manifest: Manifest,
+        logical_shards: Sequence[int],
+        start_step: int,
+        readers: Readers,
+        every: int = 1,
     ) -> None:
         if (
             not logical_shards
@@ -134,7 +141,8 @@ class Stream:
             raise ValueError(f"start_step must not be negative; got {start_step}")
         self.config, self.manifest, self.logical_shards, self.step = config, manifest, tuple(logical_shards), start_step
         self.requests = Requests(config, manifest)
-        self.steps_a_block = steps_a_block(config, manifest, len(logical_shards))
+        fitting = steps_a_block(config, manifest, len(logical_shards))
+        self.every, self.steps_a_block = every, fitting if every == 1 else 1
         block_bytes = self.steps_a_block * config.shard_batch * manifest.image.bytes
         enough = BLOCKS_AHEAD * (len(logical_shards) + config.readers)  # every reader has one to do and one to do next
         self.most_blocks = max(BLOCKS_AHEAD * len(logical_shards), min(enough, config.read_ahead_bytes // block_bytes))
@@ -174,9 +182,9 @@ class Stream:
                     if step == first:
                         held.append(self._made_whole(self.readers.result(self.under_way[0])))
                         self.under_way.popleft()
-                    self.step = step + 1
+                    self.step = step + self.every
                     yield self._batch(held[place], step)
-            first = stop
+            first = stop + self.every - 1
 
     def _requests(self, first: int) -> Iterator[BlockRequest]:
         """All requests from a step on, in the order in which they are consumed; blocks end at multiples of
@@ -186,7 +194,7 @@ class Stream:
             stop = (first // self.steps_a_block + 1) * self.steps_a_block
             for logical_shard in self.logical_shards:
                 yield self.requests.block(logical_shard, first, stop)
-            first = stop
+            first = stop + self.every - 1
 
     def _made_whole(self, block: Block) -> "_Held":
         """A block with others standing in for its lost samples.

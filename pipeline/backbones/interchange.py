@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.backbones.diffusers_dit import dit_from_diffusers, dit_to_diffusers
 from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked
+from pipeline.backbones.diffusers_mmdit import mmdit_from_diffusers, mmdit_to_diffusers
 from pipeline.backbones.diffusers_pixart import pixart_from_diffusers, pixart_to_diffusers
 from pipeline.backbones.diffusers_text_unet import text_unet_from_diffusers, text_unet_to_diffusers
 from pipeline.backbones.diffusers_unet import unet_from_diffusers, unet_to_diffusers
@@ -52,9 +53,11 @@ READERS: dict[str, Callable[[Mapping[str, Any], Weights], tuple[Architecture, We
     "DiTTransformer2DModel": dit_from_diffusers,
     "UNet2DConditionModel": text_unet_from_diffusers,
     "PixArtTransformer2DModel": pixart_from_diffusers,
+    "SD3Transformer2DModel": mmdit_from_diffusers,
 }
 WRITERS: dict[str, Callable[[Architecture, Weights], Diffusers]] = {
     "UNet": unet_either_to_diffusers,
     "DiT": dit_to_diffusers,
     "PixArt": pixart_to_diffusers,
+    "MMDiT": mmdit_to_diffusers,
 }

@@ -6,11 +6,12 @@ from torch import nn
 
 from pipeline.backbones.dit import DiT, DiTConfig
 from pipeline.backbones.mlp import MLP, MLPConfig
+from pipeline.backbones.mmdit import MMDiT, MMDiTConfig
 from pipeline.backbones.pixart import PixArt, PixArtConfig
 from pipeline.backbones.unet import UNet, UNetConfig
 from pipeline.backbones.vdm import VDM, VDMConfig
 
-BackboneConfig = UNetConfig | VDMConfig | DiTConfig | MLPConfig | PixArtConfig
+BackboneConfig = UNetConfig | VDMConfig | DiTConfig | MLPConfig | PixArtConfig | MMDiTConfig
 
 
 def build(config: BackboneConfig, channels: int, size: int, classes: int, out_channels: int) -> nn.Module:
@@ -55,4 +56,5 @@ NETWORKS: dict[type[BackboneConfig], type[nn.Module]] = {
     DiTConfig: DiT,
     MLPConfig: MLP,
     PixArtConfig: PixArt,
+    MMDiTConfig: MMDiT,
 }

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipeline.backbones import Architecture
 from pipeline.backbones.interchange import from_diffusers, to_diffusers
+from pipeline.backbones.mmdit import MMDiTConfig
 from pipeline.backbones.pixart import PixArt, PixArtConfig
 from pipeline.backbones.published import STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL
 from pipeline.backbones.unet import UNetConfig
@@ -65,7 +67,7 @@ PIXARTS = {
     "sigma": {"interpolation_scale": 0.5},
     "interpolated, one variance": {"interpolation_scale": 2, "out_channels": 4, "patch_size": 4, "norm_eps": 1e-5},
     "micro-conditions": {"use_additional_conditions": True},
-    "silent on conditions": {"sample_size": 128, "num_layers": 1, "num_attention_heads": 3},
+    "silent on conditions": {"sample_size": 128, "patch_size": 8, "num_layers": 1},
 }
 
 
@@ -316,3 +318,89 @@ def test_a_unet_keeps_a_prompt_and_refuses_what_it_has_no_input_for() -> None:
     ):
         with pytest.raises(ValueError, match=option):
             from_diffusers(their_config | {option: value}, theirs.state_dict())
+
+
+# --- MMDiT ------------------------------------------------------------------------------------------------------------
+
+MMDIT: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 20,
+    "caption_projection_dim": 48,
+    "pooled_projection_dim": 10,
+    "pos_embed_max_size": 12,
+}
+MMDITS: dict[str, dict[str, Any]] = {
+    "stable diffusion 3": {},
+    "stable diffusion 3.5": {"qk_norm": "rms_norm"},
+    "stable diffusion 3.5 medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+}
+
+
+@torch.no_grad()
+def assert_same_mmdit(theirs: Any, architecture: Architecture, weights: dict[str, Tensor]) -> None:
+    ours = architecture.build().eval()
+    ours.load_state_dict(weights)
+    words = texts(20, pooled=10)._replace(mask=None)  # padding is attended to, as it was trained
+    torch.manual_seed(3)
+    for height, width in ((8, 8), (8, 16), (24, 24)):
+        z = torch.randn(3, 4, height, width)
+        expected = theirs(z, words.states, pooled_projections=words.pooled, timestep=LEVEL).sample
+        assert difference(ours(z, LEVEL, Conditioning(), words), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", MMDITS)
+def test_mmdit_gives_diffusers_outputs_both_ways(name: str) -> None:
+    theirs = randomised(SD3Transformer2DModel(**(MMDIT | MMDITS[name])))
+    config = dict(theirs.config) | {"_class_name": "SD3Transformer2DModel"}
+    fresh = from_diffusers(config, theirs.state_dict())[0].build()
+    torch.testing.assert_close(fresh.positions, theirs.pos_embed.pos_embed[0])  # pyright: ignore
+    theirs.pos_embed.pos_embed.add_(0.1)  # a stored table is read, whatever it holds
+    architecture, weights = from_diffusers(config, theirs.state_dict())
+    assert_same_mmdit(theirs, architecture, weights)
+    exported = to_diffusers(architecture, weights)
+    assert exported.weights.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(exported.weights[key], value) for key, value in theirs.state_dict().items())
+    again: Any = SD3Transformer2DModel.from_config(exported.config)
+    again.eval().load_state_dict(exported.weights)
+    assert_same_mmdit(again, architecture, weights)
+    assert from_diffusers(exported.config, exported.weights)[0] == architecture
+
+
+def test_parameters_of_stable_diffusion_3_medium() -> None:
+    assert parameters(meta(Architecture(MMDiTConfig(), 16, 128, 0, 16))) == 2_028_328_000
+
+
+@torch.no_grad()
+def test_mmdit_hears_no_masked_token_and_refuses_by_name() -> None:
+    config = MMDiTConfig(width=48, layers=2, heads=3, text_width=20, pooled_width=10, max_side=6)
+    architecture = Architecture(config, 4, 8, 5, 4)
+    network, z = randomised(architecture.build()), torch.randn(3, 4, 8, 8)
+    words = texts(20, pooled=10)
+    assert words.mask is not None
+    other = words._replace(states=torch.where(words.mask[..., None], words.states, torch.full((), 9.0)))
+    first = network(z, LEVEL, Conditioning(), words)
+    assert torch.equal(network(z, LEVEL, Conditioning(), other), first)
+    assert difference(network(z, LEVEL, Conditioning(), words._replace(mask=None)), first) > 1e-3
+    assert difference(network(z, LEVEL, Conditioning(torch.tensor([0, 1, 4])), words), first) > 1e-3
+    for told, named in ((None, "empty text"), (texts(20), "pooled"), (texts(21, pooled=10), "20")):
+        with pytest.raises(ValueError, match=named):
+            network(z, LEVEL, Conditioning(), told)
+    with pytest.raises(ValueError, match="max_side"):
+        network(torch.zeros(3, 4, 14, 8), LEVEL, Conditioning(), words)
+    with pytest.raises(ValueError, match="classes"):
+        to_diffusers(architecture, network.state_dict())
+    with pytest.raises(ValueError, match="dual_attention"):
+        dataclasses.replace(config, dual_attention=(2,))
+    theirs = SD3Transformer2DModel(**MMDIT)
+    their_config = dict(theirs.config) | {"_class_name": "SD3Transformer2DModel"}
+    for option, value in (("qk_norm", "layer_norm"), ("caption_projection_dim", 40), ("new", 1)):
+        with pytest.raises(ValueError, match=option):
+            from_diffusers(their_config | {option: value}, theirs.state_dict())
+    lacking = {k: v for k, v in theirs.state_dict().items() if k != "pos_embed.pos_embed"}
+    with pytest.raises(ValueError, match=r"pos_embed\.pos_embed"):
+        from_diffusers(their_config, lacking)

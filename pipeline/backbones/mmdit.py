@@ -1,7 +1,7 @@
 """The multimodal diffusion transformer of Stable Diffusion 3, Esser et al. 2024 (2403.03206).
 
-Two streams of tokens, of the image and of the words, each with its own weights, meet in one attention. With `qk_norm` and
-`dual_attention` it is Stable Diffusion 3.5's.
+Two streams of tokens, of the image and of the words, each with its own weights, meet in one attention. With `qk_norm`
+and `dual_attention` it is Stable Diffusion 3.5's.
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ from jobs.progress import bar
 from pipeline import storage
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config
+from pipeline.data.making.sources.base import is_file
 from pipeline.data.sets.manifest import HELD_OUT, TRAIN, Manifest, folder_of
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     def job() -> None:
         config = load_config(args.run_file, args.overrides)
         source = config.shard.source
-        listed = not config.shard.mixture and not source.endswith((".tar", ".parquet"))
+        listed = not config.shard.mixture and not is_file(source)
         if listed and next(storage.list_files(source), None) is None:  # before a Ray is started for it
             raise ValueError(f"shard.source: no file in {source}")
         with session(config.cluster.address):

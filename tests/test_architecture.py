@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pipeline/data/making": (
         {"pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets", "pipeline.data.config"},
-        {"numpy", "pyarrow", "cv2"},
+        {"numpy", "pyarrow", "cv2", "braceexpand"},
     ),
     "pipeline/data/reading": (
         {"pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets", "pipeline.data.config"},

@@ -58,7 +58,9 @@ class StreamConfig:
 
 SHARD_BYTES = 64 << 20
 MOST_SAMPLES = 8192
-PLACES = ("source", "url", "image_root", "removals", "mixture")  # do not change what is made of an image
+KEYS = {"first-dot": "WebDataset's rule", "last-dot": "every image by itself"}
+LATER = ("key", "image")  # settings that older sets do not know: part of a policy where they are not as usual
+PLACES = ("source", "url", "image_root", "removals", "mixture", "kind")  # do not change what is made of an image
 ON_DAMAGE = {"fail": "end the run", "quarantine": "go on with the whole samples of a damaged shard"}
 DUPLICATES = {"keep": "count them", "drop": "readers leave out all but the first"}
 
@@ -89,6 +91,13 @@ class ShardConfig:
     samples_per_shard: Annotated[int, "images a shard; 0: as many as give about 64 MiB of pixels"] = 0
     max_image_bytes: Annotated[int, "largest encoded image read, bytes"] = 64 << 20
     max_image_pixels: Annotated[int, "largest image decoded, pixels"] = 64_000_000
+    kind: Annotated[str, "of a source with files of several kinds: images, tars or tables; empty: what is there"] = ""
+    key: Annotated[
+        str,
+        "tar: members of one sample share their name up to the first-dot of the base name (WebDataset's rule), "
+        "or up to the last-dot (every image by itself)",
+    ] = "first-dot"
+    image: Annotated[str, "tar: suffix of the image member where a key has several, such as left.png; empty: any"] = ""
 
     def __post_init__(self) -> None:
         storage.parse(self.url)
@@ -104,6 +113,7 @@ class ShardConfig:
         choose(codecs.ENCODERS, self.encoding, "encoding")
         choose(fit.POLICIES, self.resize, "resize policy")
         choose(DUPLICATES, self.duplicates, "duplicates policy")
+        choose(KEYS, self.key, "key rule")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be 1 to 100; got {self.quality}")
         if not 0.0 <= self.held_out < 1.0:
@@ -113,7 +123,7 @@ class ShardConfig:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
 
     @property
-    def image(self) -> ImageSpec:
+    def spec(self) -> ImageSpec:
         """What every sample of the set is."""
         return ImageSpec(self.image_size, self.channels, self.encoding)
 
@@ -125,11 +135,12 @@ class ShardConfig:
     @property
     def slice_size(self) -> int:
         """Source images a slice, and the most samples a shard."""
-        return self.samples_per_shard or min(MOST_SAMPLES, max(64, SHARD_BYTES // self.image.bytes))
+        return self.samples_per_shard or min(MOST_SAMPLES, max(64, SHARD_BYTES // self.spec.bytes))
 
     @property
     def policy(self) -> dict[str, Any]:
         """Everything that decides what is made from given sources."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACES} | {
-            "samples_per_shard": self.slice_size
-        }
+        decides = [f for f in fields(self) if f.name not in PLACES]
+        return {
+            f.name: getattr(self, f.name) for f in decides if f.name not in LATER or getattr(self, f.name) != f.default
+        } | {"samples_per_shard": self.slice_size}

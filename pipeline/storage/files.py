@@ -213,15 +213,15 @@ def fetch_file(url: str, path: str | os.PathLike[str]) -> None:
             at += len(piece)
 
 
-def list_files(url: str) -> Iterator[Entry]:
+def list_files(url: str, odd: bool = False) -> Iterator[Entry]:
     """Every file below a folder or prefix, one at a time, in a fixed order; nothing for an empty or missing one.
 
     Local names that begin with a dot are left out (temporary files among them); links are followed, a loop of folder
-    links is not entered twice.
+    links is not entered twice. odd: local entries that are neither file nor folder as well, with a size below 0.
     """
     location = parse(url)
     if location.bucket is None:
-        yield from _walk(location.path, "", ())
+        yield from _walk(location.path, "", (), odd)
         return
     prefix = f"{location.path}/" if location.path else ""
     token: str | None = None

@@ -10,8 +10,11 @@ from typing import IO
 
 from pipeline.storage.urls import Entry
 
+NO_FILE = -1
 
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...], odd: bool = False) -> Iterator[Entry]:
+    """odd: also what is neither file nor folder (a broken link, a device, a fifo), with the size NO_FILE."""
     try:
         status = os.stat(folder)
         with os.scandir(folder) as found:
@@ -25,9 +28,11 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Itera
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, here), odd)
         elif entry.is_file():
             yield Entry(prefix + entry.name, entry.stat().st_size)
+        elif odd:
+            yield Entry(prefix + entry.name, NO_FILE)
 
 
 @contextlib.contextmanager

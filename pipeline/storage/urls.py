@@ -1,5 +1,6 @@
 """URL rules: a local path or s3://bucket/key, and nothing else."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Entry:
 
 
 def parse(url: str) -> Location:
-    """A URL's parts.
+    """A URL's parts; a local path's `~` is the home folder.
 
     Raises:
         ValueError: any scheme but s3, a malformed bucket, `.` or `..` in an S3 key, control characters.
@@ -37,7 +38,7 @@ def parse(url: str) -> Location:
         raise ValueError(f"not a storage URL: {url!r}; give a local path or s3://bucket/prefix")
     scheme = _SCHEME.match(url)
     if scheme is None:
-        return Location(None, url)
+        return Location(None, os.path.expanduser(url))
     if scheme.group(1) != "s3" or not url.startswith("s3://"):
         raise ValueError(
             f"refused URL {url!r}: scheme '{scheme.group(1)}:' is not allowed; "

@@ -9,6 +9,10 @@ if TYPE_CHECKING:  # the readers' processes never load torch
     pass
 
 
+class NoImage(ValueError):
+    """Bytes that are no image of a known format."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an encoded image may be before a decoder sees it."""
@@ -43,7 +47,7 @@ def probe(data: bytes, limits: Limits = Limits()) -> Header:
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         header = _probe_webp(data)
     else:
-        raise ValueError(f"not a jpg, png or webp image: it begins with {data[:8].hex(' ') or 'nothing (empty file)'}")
+        raise NoImage(f"not a jpg, png or webp image: it begins with {data[:8].hex(' ') or 'nothing (empty file)'}")
     if header.width < 1 or header.height < 1 or header.width * header.height > limits.pixels:
         raise ValueError(f"{header.width} x {header.height} pixels; allowed are 1 to {limits.pixels} in all")
     return header

@@ -18,7 +18,7 @@ def make_card(
     names: Names,
     shards: list[dict[str, Any]],
     removed: Table,
-    counts: tuple[int, int, int],
+    counts: tuple[int, int, int, int, int],
     sums: Sums,
 ) -> dict[str, Any]:
     """Counts and statistics of a set of all versions.
@@ -26,10 +26,11 @@ def make_card(
     Args:
         shards: rows of SHARDS_SCHEMA, of all versions.
         removed: what readers leave out; it still counts in `per_class` and in the channels' statistics.
-        counts: entries listed, images rejected by this version, exact duplicates in all versions.
+        counts: entries listed; of this version images rejected, members that gave labels, things left out of which no
+            image was expected; exact duplicates in all versions.
         sums: by split, this version's channel sums and sums of squares, (2, C) each.
     """
-    listed, rejected, duplicates = counts
+    listed, rejected, sides, others, duplicates = counts
     split_of = {row["url"]: row["split"] for row in shards}
     gone = [split_of[shard] for shard in removed["shard"].to_pylist()]
     stored = {split: sum(row["samples"] for row in shards if row["split"] == split) for split in SPLITS}
@@ -59,8 +60,10 @@ def make_card(
         "channel_sums": {split: [[int(value) for value in row] for row in values] for split, values in whole.items()},
         "listed": listed,
         "rejected": rejected + (before.card["rejected"] if before else 0),
+        "sides": sides + (before.card.get("sides", 0) if before else 0),
+        "others": others + (before.card.get("others", 0) if before else 0),
         "exact_duplicates": duplicates,
-        "image": asdict(config.image),
+        "image": asdict(config.spec),
         "source": config.source,
         "policy": config.policy,
     }

@@ -154,7 +154,7 @@ def commit(made: GeneratedSet) -> Manifest:
                 contents += part.rows["content"].to_pylist()
                 sums.append(part.sums[TRAIN])
         names, none = Names(made.class_names), REMOVED_SCHEMA.empty_table()
-        counts = (made.images, 0, len(contents) - len(set(contents)))
+        counts = (made.images, 0, 0, 0, len(contents) - len(set(contents)))
         config = ShardConfig(made.url, made.url, made.image.size, made.image.channels, ENCODING, held_out=0.0)
         card = make_card(config, None, names, rows, none, counts, {TRAIN: sums})
         card |= {"source": "made by a model", "policy": {}, "generated": _facts(made)}

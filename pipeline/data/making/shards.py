@@ -26,7 +26,7 @@ from pipeline.data.config import ShardConfig
 from pipeline.data.formats import tar
 from pipeline.data.making.card import make_card
 from pipeline.data.making.slices import MOST_TAGS, Slice, SliceDone, make_slice, part_url, read_part
-from pipeline.data.making.sources.base import Unit
+from pipeline.data.making.sources.base import Unit, shown
 from pipeline.data.making.sources.kinds import open_source
 from pipeline.data.sets import manifest as manifests
 from pipeline.data.sets import removals, versions
@@ -116,7 +116,7 @@ def plan(config: ShardConfig) -> Plan:
             total.update(line)
             spool.write(line)
             offsets.append(at)
-            hashes.append(_hash(unit.path))
+            hashes.append(_hash(shown(unit.path)))
             if not source.mixed:
                 weights.append(unit.weight)
             at += len(line)
@@ -159,8 +159,11 @@ def _standing(config: ShardConfig) -> Manifest | None:
     if found.mixture:
         raise ValueError(f"{config.url} holds a mixture; choose another url for a set of its own")
     there = found.card["policy"]
+    asked = config.policy
     changed = [
-        f"{name}: {there.get(name)!r} there, {v!r} asked" for name, v in config.policy.items() if there.get(name) != v
+        f"{name}: {there.get(name)!r} there, {asked.get(name)!r} asked"
+        for name in sorted(asked.keys() | there.keys())
+        if there.get(name) != asked.get(name)
     ]
     if changed:
         raise ValueError(
@@ -170,7 +173,7 @@ def _standing(config: ShardConfig) -> Manifest | None:
 
 
 def _hash(path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "little")
 
 
 def _known(before: Manifest, images: bool) -> NDArray[np.uint64]:
@@ -238,7 +241,7 @@ def commit(work: Plan) -> Manifest:
         return before
     shards: list[dict[str, Any]] = before.shards.to_pylist() if before else []
     rejects: list[tuple[str, str]] = []
-    rejected, tags = 0, set[str]()
+    counts, tags = (0, 0, 0), set[str]()  # rejected, sides, others
     sums: dict[str, list[Any]] = {split: [] for split in SPLITS}
     with tempfile.TemporaryDirectory(prefix="raydiffusion-commit-") as folder:
         path = os.path.join(folder, "samples.parquet")
@@ -250,7 +253,7 @@ def commit(work: Plan) -> Manifest:
                     tags.update(tag for listed in part.rows["tags"].to_pylist() for tag in listed or ())
                 shards += part.shards
                 rejects += part.rejects
-                rejected += part.rejected
+                counts = (counts[0] + part.rejected, counts[1] + part.sides, counts[2] + part.others)
                 for split, values in part.sums.items():
                     sums[split].append(np.array(values, dtype=object))
         if not shards:
@@ -261,11 +264,11 @@ def commit(work: Plan) -> Manifest:
         if before is not None and not work.indices and gone.num_rows == before.removed.num_rows:
             return before
         shards.sort(key=lambda row: (SPLITS.index(row["split"]), int(row["url"].split("-")[1])))
-        card = make_card(config, before, names, shards, gone, (work.listed, rejected, copies), sums)
+        card = make_card(config, before, names, shards, gone, (work.listed, *counts, copies), sums)
         made = versions.commit(
             config.url,
             versions.Version(
-                config.image,
+                config.spec,
                 work.extras,
                 names,
                 pa.Table.from_pylist(shards, schema=SHARDS_SCHEMA),
@@ -383,12 +386,12 @@ def made_again(work: Plan, indices: Iterable[int]) -> Iterator[Slice]:
     standing = work.before
     if standing is None:
         return
-    numbers: dict[int, dict[str, int]] = {index: {} for index in indices}
+    numbers: dict[int, dict[str, list[int]]] = {index: {} for index in indices}
     for rows in sample_batches(standing.url, standing.sample_tables, ["key", "source"]):
         for key, source in zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True):
             index, number = (int(part) for part in key.split("-"))
             if index in numbers:
-                numbers[index][source] = number
+                numbers[index].setdefault(source, []).append(number)
     source = open_source(work.config)
     classes = {name: i for i, name in enumerate(standing.names.classes)}
     for index, wanted in numbers.items():
@@ -396,7 +399,7 @@ def made_again(work: Plan, indices: Iterable[int]) -> Iterator[Slice]:
             units = [Unit(path, 0, 0, 1) for path in sorted(wanted, key=wanted.__getitem__)]
         else:
             files = {name.partition("#")[0] for name in wanted}
-            units = [unit for unit in source.units() if unit.path in files]
+            units = [unit for unit in source.units() if shown(unit.path) in files]
         yield Slice(index, tuple(units), standing.extras, classes, wanted)
 
 

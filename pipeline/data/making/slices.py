@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.config import ShardConfig
-from pipeline.data.formats import codecs, fit, tar
-from pipeline.data.making.sources.base import Found, Unit
+from pipeline.data.formats import codecs, fit, headers, tar
+from pipeline.data.making.sources.base import IMAGE_SUFFIXES, Found, Unit, shown
 from pipeline.data.making.sources.kinds import open_source
 from pipeline.data.sets.manifest import HELD_OUT, SPLITS, TRAIN
 from pipeline.data.sets.tables import SAMPLES_SCHEMA, Table, parquet_bytes
@@ -30,14 +30,14 @@ MOST_TAGS = 1 << 16
 @dataclass(frozen=True)
 class Slice:
     """A task: units of the source, the labels to keep, the numbers of named classes; `numbers` takes only these images
-    of the units, by these numbers.
+    of the units, by these numbers (several where images of one archive have one name).
     """
 
     index: int
     units: tuple[Unit, ...]
     extras: tuple[str, ...]
     classes: dict[str, int]
-    numbers: dict[str, int] | None = None
+    numbers: dict[str, list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class SliceDone:
 @dataclass(frozen=True)
 class Part:
     """A part record: rows of SAMPLES_SCHEMA, rows of SHARDS_SCHEMA, exact channel sums by split, the first rejected
-    images with reasons, and how many there were.
+    images with reasons, and how many there were; how many members gave labels to images of the set (`sides`), and how
+    many things were left out of which no image was expected (`others`, among the rejects by name).
     """
 
     rows: Table
@@ -61,6 +62,8 @@ class Part:
     sums: dict[str, list[list[int]]]
     rejects: list[tuple[str, str]]
     rejected: int
+    sides: int = 0
+    others: int = 0
 
 
 def make_slice(config: ShardConfig, building: str, task: Slice) -> SliceDone:
@@ -70,13 +73,24 @@ def make_slice(config: ShardConfig, building: str, task: Slice) -> SliceDone:
         OSError: a store that does not answer (an unreadable *image* is counted and listed, not raised).
     """
     maker = _Maker(config, task)
-    for number, found in enumerate(open_source(config).read(task.units)):
-        if task.numbers is None:
+    number, left = 0, {name: list(numbers) for name, numbers in (task.numbers or {}).items()}
+    for found in open_source(config).read(task.units):
+        if found.beside:
+            maker.name_beside(found)
+        elif task.numbers is None:
             maker.take(number, found)
-        elif found.name in task.numbers:
-            maker.take(task.numbers[found.name], found)
+        elif left.get(found.name) and maker.take(left[found.name][0], found):
+            left[found.name].pop(0)
+        number += not found.beside
     part = maker.finish()
-    note = {"shards": part.shards, "sums": part.sums, "rejects": part.rejects, "rejected": part.rejected}
+    note = {
+        "shards": part.shards,
+        "sums": part.sums,
+        "rejects": part.rejects,
+        "rejected": part.rejected,
+        "sides": part.sides,
+        "others": part.others,
+    }
     storage.write_bytes(
         part_url(building, task.index),
         parquet_bytes(part.rows.replace_schema_metadata({b"part": json.dumps(note).encode()})),
@@ -94,7 +108,11 @@ def read_part(url: str) -> Part:
     table = pq.read_table(pa.BufferReader(storage.read_bytes(url)))
     note = json.loads((table.schema.metadata or {})[b"part"])
     rejects = [(source, reason) for source, reason in note["rejects"]]
-    return Part(table.replace_schema_metadata(None), note["shards"], note["sums"], rejects, note["rejected"])
+    return Part(table.replace_schema_metadata(None), note["shards"], note["sums"], rejects, *_counts(note))
+
+
+def _counts(note: dict[str, Any]) -> tuple[int, int, int]:
+    return note["rejected"], note.get("sides", 0), note.get("others", 0)
 
 
 class _Maker:
@@ -107,23 +125,27 @@ class _Maker:
         self.rows: list[dict[str, Any]] = []
         self.sums = {split: np.zeros((2, config.channels), dtype=np.int64) for split in SPLITS}
         self.rejects: list[tuple[str, str]] = []
-        self.rejected = 0
+        self.beside: list[tuple[str, str]] = []
+        self.rejected = self.others = self.sides = 0
         self.threshold = int(config.held_out * 2**64)
 
-    def take(self, number: int, found: Found) -> None:
-        """One image of the source, into a tar or among the rejected."""
+    def take(self, number: int, found: Found) -> bool:
+        """One image of the source, into a tar (True) or among the rejected."""
         config, task = self.config, self.task
         try:
             if isinstance(found.data, ValueError):
                 raise found.data
-            label = self._label(found)
             original = codecs.decode(found.data, config.channels, config.limits)
+            label = self._label(found)
             pixels = fit.fit(original, config.image_size, config.resize)
-        except ValueError as error:
-            self.rejected += 1
-            if len(self.rejects) < MOST_REJECTS:
-                self.rejects.append((found.name, str(error)))
-            return
+            payload = codecs.encode(pixels, config.encoding, config.quality)
+        except Exception as error:  # whatever a decoder or a resizer makes of it is named, and rejects this one only
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, headers.NoImage) and not found.name.lower().endswith(IMAGE_SUFFIXES):
+                reason = f"other: {reason}"
+            self._reject(found, reason)
+            return False
+        self.sides += len(found.sides)
         content = hashlib.sha256(b"%d %d %d\n" % pixels.shape + pixels.tobytes()).digest()
         split = HELD_OUT if int.from_bytes(content[:8], "big") < self.threshold else TRAIN
         row: dict[str, Any] = {
@@ -138,21 +160,39 @@ class _Maker:
             "source": found.name,
         }
         shard = self.open.setdefault(split, ShardWriter(config.encoding, task.extras))
-        shard.add(row, codecs.encode(pixels, config.encoding, config.quality))
+        shard.add(row, payload)
         self.sums[split] += codecs.channel_sums(pixels)
         if len(shard.rows) >= config.slice_size:
             self._close(split)
+        return True
 
     def finish(self) -> Part:
         """Writes the tars that are still open."""
         for split in SPLITS:
             self._close(split)
-        if self.rejected > len(self.rejects):
-            more = self.rejected - len(self.rejects)
-            self.rejects.append((self.task.units[-1].path, f"{more} more images of this slice were rejected"))
+        last = shown(self.task.units[-1].path)
+        for named, count, what in (
+            (self.rejects, self.rejected, "images of this slice were rejected"),
+            (self.beside, self.others, "things of this slice are no images"),
+        ):
+            if count > len(named):
+                named.append((last, f"{count - len(named)} more {what}"))
         rows = pa.Table.from_pylist(self.rows, schema=SAMPLES_SCHEMA)
         sums = {split: values.tolist() for split, values in self.sums.items()}
-        return Part(rows, self.shards, sums, self.rejects, self.rejected)
+        return Part(rows, self.shards, sums, self.rejects + self.beside, self.rejected, self.sides, self.others)
+
+    def name_beside(self, found: Found) -> None:
+        """Something of which no image was expected."""
+        self.others += 1
+        if len(self.beside) < MOST_REJECTS:
+            self.beside.append((found.name, str(found.data)))
+
+    def _reject(self, found: Found, reason: str) -> None:
+        self.rejected += 1
+        if len(self.rejects) < MOST_REJECTS:
+            self.rejects.append((found.name, reason))
+        for side in found.sides:
+            self.name_beside(Found(side, ValueError("other: it belongs to an image that was rejected")))
 
     def _label(self, found: Found) -> int | None:
         if tar.CLASS not in self.task.extras:

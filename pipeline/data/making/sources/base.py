@@ -1,10 +1,13 @@
 """What the kinds of source have in common."""
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from braceexpand import braceexpand
 
 from pipeline import storage
 
@@ -12,7 +15,18 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 READS_AHEAD = 8
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".apng")
+PACKED = {
+    ".tar.gz": "a compressed tar: gunzip it",
+    ".tgz": "a compressed tar: gunzip it",
+    ".tar.bz2": "a compressed tar: bunzip2 it",
+    ".tar.xz": "a compressed tar: unxz it",
+    ".tar.zst": "a compressed tar: unzstd it",
+    ".gz": "a compressed file: gunzip it",
+    ".zip": "a zip archive: unzip it",
+    ".7z": "a 7-Zip archive: unpack it",
+    ".rar": "a RAR archive: unpack it",
+}
 MOST_TEXT_BYTES = 1 << 20  # a caption, a list of tags
 
 
@@ -31,7 +45,10 @@ class Unit:
 @dataclass(frozen=True)
 class Found:
     """One image of a source: where it was, its bytes or why there are none, its labels. `label` is a class number, or
-    a name that the plan has numbered.
+    a name that the plan has numbered; `sides` are the members that its labels were read from.
+
+    `beside` is something of which no image was expected (a member beside the images of a tar, a file beside the tars):
+    it is named, and takes no number among the images.
     """
 
     name: str
@@ -39,6 +56,8 @@ class Found:
     label: int | str | None = None
     tags: tuple[str, ...] = ()
     caption: str = ""
+    sides: tuple[str, ...] = ()
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,16 +126,45 @@ def image_bytes(url: str, size: int | None, limit: int) -> bytes | ValueError:
         return error
 
 
-def listed_files(source: str, suffix: str) -> Iterator[storage.Entry]:
-    """The files of a source with a suffix; the source may be one such file itself."""
-    if source.endswith(suffix):
-        yield storage.Entry(source.rpartition("/")[2], storage.size_of(source))
+def is_file(source: str) -> str:
+    """The suffix of a source that is one table or tar, or a pattern of them; "" for a folder."""
+    return next((suffix for suffix in (".tar", ".parquet") if source.lower().endswith(suffix)), "")
+
+
+def files_of(source: str) -> Iterator[storage.Entry]:
+    """The files of a source: of a folder all, of a file itself, of a pattern such as part-{000..099}.tar each (braces
+    as WebDataset has them).
+
+    Raises:
+        ValueError: braces that do not match, a file of the pattern that is not there.
+    """
+    if not is_file(source):
+        yield from storage.list_files(source, odd=True)
         return
-    for entry in storage.list_files(source):
-        if entry.path.endswith(suffix):
-            yield entry
+    root = root_of(source)
+    for url in braceexpand(source) if _BRACES.search(source) else [source]:
+        try:
+            yield storage.Entry(url.removeprefix(f"{root}/"), storage.size_of(url))
+        except FileNotFoundError:
+            raise ValueError(f"source {source}: there is no {url}") from None
 
 
-def root_of(source: str, suffix: str) -> str:
+def root_of(source: str) -> str:
     """The folder or prefix below which a source's files lie."""
-    return source.rpartition("/")[0] or "." if source.endswith(suffix) else source.rstrip("/") or "/"
+    if not is_file(source):
+        return source.rstrip("/") or "/"
+    return source.partition("{")[0].rpartition("/")[0] or "."
+
+
+def no_image(path: str, wanted: str) -> Found:
+    """A file of a source that is none of the wanted ones."""
+    packed = next((say for suffix, say in PACKED.items() if path.lower().endswith(suffix)), "")
+    return Found(shown(path), ValueError(f"other: {packed or f'a file beside the {wanted}'}"), beside=True)
+
+
+def shown(path: str) -> str:
+    """A path as text that any encoder takes; another one where a local name is not UTF-8."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+_BRACES = re.compile(r"\{[^{}]*(\.\.|,)[^{}]*\}")

@@ -5,7 +5,16 @@ from collections.abc import Iterable, Iterator
 from pipeline import storage
 from pipeline.data.config import ShardConfig
 from pipeline.data.formats import tar
-from pipeline.data.making.sources.base import Found, Labels, Unit, ahead, image_bytes
+from pipeline.data.making.sources.base import (
+    IMAGE_SUFFIXES,
+    PACKED,
+    Found,
+    Labels,
+    Unit,
+    ahead,
+    image_bytes,
+    shown,
+)
 
 
 class FolderSource:
@@ -25,11 +34,11 @@ class FolderSource:
         self.bare: str | None = None
 
     def units(self) -> Iterator[Unit]:
-        for entry in storage.list_files(self.config.source):
+        for entry in storage.list_files(self.config.source, odd=True):
             folder, _, rest = entry.path.partition("/")
-            if rest:
+            if rest and is_text(folder):
                 self.classes.add(folder)
-            elif self.bare is None:
+            elif not rest and self.bare is None and entry.path.lower().endswith(IMAGE_SUFFIXES):
                 self.bare = entry.path
             yield Unit(entry.path, entry.size, 0, 1)
 
@@ -38,7 +47,7 @@ class FolderSource:
             return Labels((), frozenset())
         if self.bare is not None:
             raise ValueError(
-                f"source {self.config.source} has {self.bare!r} outside of its class folders "
+                f"source {self.config.source} has the image {shown(self.bare)!r} outside of its class folders "
                 f"({', '.join(sorted(self.classes)[:5])}, ...); move it into one of them, or set classes: false"
             )
         return Labels((tar.CLASS,), frozenset(self.classes))
@@ -47,7 +56,20 @@ class FolderSource:
         root, limit = self.config.source.rstrip("/"), self.config.max_image_bytes
 
         def one(unit: Unit) -> Found:
+            folder, _, rest = unit.path.partition("/")
+            if unit.size < 0:
+                return Found(shown(unit.path), ValueError("other: a broken link, or no file"))
+            if not is_text(unit.path):
+                return Found(shown(unit.path), ValueError("its name is not UTF-8; rename it"))
+            packed = next((say for suffix, say in PACKED.items() if unit.path.lower().endswith(suffix)), "")
+            if packed:
+                return Found(unit.path, ValueError(f"other: {packed}"))
             data = image_bytes(f"{root}/{unit.path}", unit.size, limit)
-            return Found(unit.path, data, unit.path.partition("/")[0] if self.config.classes else None)
+            return Found(unit.path, data, folder if rest and self.config.classes else None)
 
         yield from ahead(one, units, self.config.source)
+
+
+def is_text(path: str) -> bool:
+    """Whether a name is UTF-8."""
+    return shown(path) == path

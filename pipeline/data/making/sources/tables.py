@@ -10,11 +10,25 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.data.config import ShardConfig
 from pipeline.data.formats import tar
-from pipeline.data.making.sources.base import Found, Labels, Unit, ahead, image_bytes, listed_files, root_of
+from pipeline.data.making.sources.base import (
+    Found,
+    Labels,
+    Unit,
+    ahead,
+    files_of,
+    image_bytes,
+    no_image,
+    root_of,
+    shown,
+)
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "url")
 ROWS_AT_ONCE = 64
 MOST_CLASSES = 1 << 20
+
+
+class NotATable(ValueError):
+    """A file that is no Parquet table."""
 
 
 class TableSource:
@@ -24,21 +38,30 @@ class TableSource:
 
     def __init__(self, config: ShardConfig) -> None:
         self.config, self.slice_weight = config, config.slice_size
-        self.root = root_of(config.source, ".parquet")
+        self.root = root_of(config.source)
         self.image_root = config.image_root or self.root
         self.extras: tuple[str, ...] = ()
         self.classes = set[str]()
 
     def units(self) -> Iterator[Unit]:
-        for entry in listed_files(self.config.source, ".parquet"):
-            with self._open(entry.path) as file:
-                columns = self._columns(file.schema_arrow, entry.path)
-                self.extras = tuple(extra for extra in tar.EXTRAS if extra in columns)
-                label = columns.get(tar.CLASS)
-                for group in range(file.num_row_groups):
-                    if label is not None and _is_text(file.schema_arrow.field(label).type):
-                        self._number(file.read_row_group(group, columns=[label])[label], entry.path)
-                    yield Unit(entry.path, entry.size, group, file.metadata.row_group(group).num_rows)
+        for entry in files_of(self.config.source):
+            if entry.size < 0 or not entry.path.lower().endswith(".parquet"):
+                yield Unit(entry.path, entry.size, 0, 0)
+                continue
+            try:
+                yield from self._groups(entry)
+            except NotATable:
+                yield Unit(entry.path, entry.size, 0, 0)
+
+    def _groups(self, entry: storage.Entry) -> Iterator[Unit]:
+        with self._open(entry.path) as file:
+            columns, twice = self._columns(file.schema_arrow, entry.path)
+            self.extras = tuple(extra for extra in tar.EXTRAS if extra in columns)
+            label = "" if twice else columns.get(tar.CLASS, "")
+            for group in range(file.num_row_groups):
+                if label and _is_text(file.schema_arrow.field(label).type):
+                    self._number(file, group, label, entry.path)
+                yield Unit(entry.path, entry.size, group, file.metadata.row_group(group).num_rows)
 
     def labels(self) -> Labels:
         return Labels(self.extras, frozenset(self.classes))
@@ -46,16 +69,38 @@ class TableSource:
     def read(self, units: Iterable[Unit]) -> Iterator[Found]:
         yield from ahead(self._resolved, (row for unit in units for row in self._rows(unit)), self.image_root)
 
-    def _rows(self, unit: Unit) -> Iterator[tuple[str, Mapping[str, Any], dict[str, str]]]:
-        with self._open(unit.path) as file:
-            columns = self._columns(file.schema_arrow, unit.path)
-            first = sum(file.metadata.row_group(group).num_rows for group in range(unit.group))
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[unit.group], columns=list(columns.values())):
-                for row in batch.to_pylist():
-                    yield f"{unit.path}#{first}", row, columns
-                    first += 1
+    def _rows(self, unit: Unit) -> Iterator[Found | tuple[str, Mapping[str, Any], dict[str, str]]]:
+        """The rows of a row group, or what is wrong with each."""
+        if unit.size < 0 or not unit.path.lower().endswith(".parquet"):
+            yield no_image(unit.path, "tables")
+            return
+        try:
+            with self._open(unit.path) as file:
+                yield from self._group(file, unit)
+        except NotATable as error:
+            yield Found(shown(unit.path), ValueError(str(error)))
 
-    def _resolved(self, found: tuple[str, Mapping[str, Any], dict[str, str]]) -> Found:
+    def _group(self, file: Any, unit: Unit) -> Iterator[Found | tuple[str, Mapping[str, Any], dict[str, str]]]:
+        columns, twice = self._columns(file.schema_arrow, unit.path)
+        at = sum(file.metadata.row_group(group).num_rows for group in range(unit.group))
+        stop = at + file.metadata.row_group(unit.group).num_rows
+        reason = twice
+        try:
+            wanted = list(columns.values())
+            for batch in () if twice else file.iter_batches(ROWS_AT_ONCE, row_groups=[unit.group], columns=wanted):
+                for row in batch.to_pylist():
+                    yield shown(f"{unit.path}#{at}"), row, columns
+                    at += 1
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            if _of_the_store(error):
+                raise
+            reason = f"a damaged row group: {error}"
+        for number in range(at, stop):
+            yield Found(shown(f"{unit.path}#{number}"), ValueError(reason))
+
+    def _resolved(self, found: Found | tuple[str, Mapping[str, Any], dict[str, str]]) -> Found:
+        if isinstance(found, Found):
+            return found
         name, row, columns = found
         try:
             label = row[columns[tar.CLASS]] if tar.CLASS in columns else None
@@ -96,13 +141,16 @@ class TableSource:
         with storage.open_ranges(storage.join(self.root, path)) as raw:
             try:
                 file = pq.ParquetFile(raw)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{self.root}/{path} is not a Parquet table: {error}") from None
+            except (pa.ArrowException, OSError) as error:
+                if _of_the_store(error):
+                    raise
+                raise NotATable(f"{self.root}/{path} is not a Parquet table: {error}") from None
             with file:
                 yield file
 
-    def _columns(self, schema: Any, path: str) -> dict[str, str]:
-        """Which column holds what: "image" and the extras that are asked for.
+    def _columns(self, schema: Any, path: str) -> tuple[dict[str, str], str]:
+        """Which column holds what: "image" and the extras that are asked for; and why none of the rows can be read,
+        if so.
 
         Raises:
             ValueError: a column that is not there or of another type.
@@ -118,16 +166,29 @@ class TableSource:
                     f"{self.root}/{path} has no column {name or ' or '.join(IMAGE_COLUMNS)!r} for the {_SAY[what]}; "
                     f"it has {', '.join(schema.names)}"
                 )
+            if schema.names.count(name) > 1:
+                return columns, f"the table has {schema.names.count(name)} columns named {name!r}"
             if not _FITS[what](schema.field(name).type):
                 raise ValueError(
                     f"{self.root}/{path}: column {name!r} cannot be the {_SAY[what]}: it is {schema.field(name).type}"
                 )
-        return columns
+        return columns, ""
 
-    def _number(self, column: Any, path: str) -> None:
-        self.classes.update(name for name in column.unique().to_pylist() if name is not None)
+    def _number(self, file: Any, group: int, label: str, path: str) -> None:
+        """Takes the names of a row group's classes; those of a damaged one are missed as its rows are."""
+        try:
+            column = file.read_row_group(group, columns=[label])[label]
+            self.classes.update(name for name in column.unique().to_pylist() if name is not None)
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            if _of_the_store(error):
+                raise
         if len(self.classes) > MOST_CLASSES:
             raise ValueError(f"{self.root}/{path}: more than {MOST_CLASSES} different classes; is it the right column?")
+
+
+def _of_the_store(error: Exception) -> bool:
+    """Whether an error is the store's; of damaged bytes pyarrow makes its own, or an OSError without a number."""
+    return isinstance(error, OSError) and not (type(error) is OSError and error.errno is None)
 
 
 def _is_text(kind: Any) -> bool:

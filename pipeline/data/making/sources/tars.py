@@ -1,5 +1,5 @@
 """Tars in WebDataset's convention that somebody else made: members of one sample follow each other and share their
-name up to the first dot.
+name up to the first dot of its last part. Every member is in the set, or named with its reason.
 
 Read by a walk of our own and not by `webdataset` or `tarfile`: those take a damaged header for the end of the archive,
 read members of any size into memory, and follow what PAX headers say. Here a tar is read once, front to back; only
@@ -10,7 +10,7 @@ are named among the rejected. Nothing is ever extracted, so a member's name is o
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
 from pipeline import storage
@@ -22,13 +22,21 @@ from pipeline.data.making.sources.base import (
     Found,
     Labels,
     Unit,
-    listed_files,
+    files_of,
+    no_image,
     root_of,
+    shown,
 )
 
 BLOCK = tar.BLOCK
+ZEROS = 1 << 16  # read at a time
 MOST_HEADER_BYTES = 64 << 10  # of a PAX or long-name header
-MOST_REFUSED = 1000  # named one by one, a tar
+SIDES = {
+    "cls": "classes: true",
+    "json": "tags_field: json",
+    "txt": "caption_field: txt",
+    "caption": "caption_field: caption",
+}
 EXECUTABLE = ("pkl", "pickle", "pt", "pth", "pyd", "joblib", "dill")  # that some readers would run
 
 _REGULAR = (b"0", b"\x00", b"7")
@@ -40,11 +48,31 @@ _CLASS = re.compile(rb"[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Member:
-    """A member whose body the file stands before; `refused` says why it must not be opened."""
+    """A member whose body the file stands before; `refused` says why it must not be opened; `archive` counts the end
+    marks before it.
+    """
 
     name: str
     size: int
     refused: str = ""
+    archive: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Members that belong together, by suffix."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A member that is no part of a sample, and why; `beside`: no image was expected of it."""
+
+    name: str
+    reason: str
+    beside: bool = False
 
 
 class TarSource:
@@ -54,14 +82,17 @@ class TarSource:
     slice_weight = SHARD_BYTES
 
     def __init__(self, config: ShardConfig) -> None:
-        self.config, self.root = config, root_of(config.source, ".tar")
+        self.config, self.root = config, root_of(config.source)
         self.class_suffix = config.class_field or "cls"
+        self.images = (config.image.lower(),) if config.image else tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
         self.first: str | None = None
 
     def units(self) -> Iterator[Unit]:
-        for entry in listed_files(self.config.source, ".tar"):
-            self.first = self.first or entry.path
-            yield Unit(entry.path, entry.size, 0, max(1, entry.size))
+        for entry in files_of(self.config.source):
+            archive = entry.size >= 0 and entry.path.lower().endswith(".tar")
+            if archive:
+                self.first = self.first or entry.path
+            yield Unit(entry.path, entry.size, 0, max(1, entry.size) if archive else 0)
 
     def labels(self) -> Labels:
         extras: list[str] = []
@@ -74,29 +105,42 @@ class TarSource:
         return Labels(tuple(extras), frozenset())
 
     def read(self, units: Iterable[Unit]) -> Iterator[Found]:
-        wanted = {suffix[1:]: self.config.max_image_bytes for suffix in IMAGE_SUFFIXES}
+        wanted = dict.fromkeys(self.images, self.config.max_image_bytes)
         if self.config.classes:
             wanted[self.class_suffix] = 16
         for suffix in (self.config.tags_field, self.config.caption_field):
             if suffix:
                 wanted[suffix] = MOST_TEXT_BYTES
         for unit in units:
-            empty = True
-            with storage.open_ranges(f"{self.root}/{unit.path}") as file:
-                for key, members in samples(file, wanted):
-                    empty = False
-                    name = f"{unit.path}#{key}"
-                    if isinstance(members, ValueError):
-                        yield Found(name, members)
-                    else:
-                        yield self._found(name, members)
-            if empty:
-                yield Found(unit.path, ValueError("no image among its members"))
+            if unit.weight:
+                yield from _numbered(unit.path, self._read(unit.path, wanted))
+            else:
+                yield no_image(unit.path, "tars")
 
-    def _found(self, name: str, members: dict[str, bytes]) -> Found:
-        image = next((suffix[1:] for suffix in IMAGE_SUFFIXES if suffix[1:] in members), None)
-        if image is None:
-            return Found(name, ValueError(f"no image among its members ({', '.join(sorted(members))})"))
+    def _read(self, path: str, wanted: dict[str, int]) -> Iterator[Found]:
+        with storage.open_ranges(f"{self.root}/{path}") as file:
+            for found in samples(file, wanted, self.config.key):
+                if isinstance(found, Refused):
+                    yield Found(shown(f"{path}#{found.name}"), ValueError(found.reason), beside=found.beside)
+                else:
+                    yield from self._found(path, found)
+
+    def _found(self, path: str, sample: Sample) -> Iterator[Found]:
+        """A sample, or all its members where it has no image."""
+        members, name = sample.members, shown(f"{path}#{sample.key}")
+        images = [suffix for suffix in self.images if suffix in members]
+        sides = tuple(f"{name}.{suffix}" for suffix in members if suffix not in images)
+        if not images:
+            reason = f"no image among its members ({', '.join(sorted(members))})"
+            for number, side in enumerate(sides):
+                yield Found(side, ValueError(reason), beside=number > 0)
+            return
+        for other in images[1:]:
+            reason = (
+                f"a second image of its key, of which .{images[0]} is taken; "
+                f"image: {other} takes this one, key: last-dot both"
+            )
+            yield Found(f"{name}.{other}", ValueError(reason), beside=True)
         try:
             label = None
             if self.config.classes and self.class_suffix in members:
@@ -107,18 +151,39 @@ class TarSource:
             tags = tags_of(members.get(self.config.tags_field, b"[]")) if self.config.tags_field else ()
             caption = members.get(self.config.caption_field, b"").decode("utf-8").strip()
         except ValueError as error:  # UnicodeDecodeError is one
-            return Found(name, ValueError(str(error)))
-        return Found(name, members[image], label, tags, caption)
+            yield Found(name, ValueError(str(error)), sides=sides)
+            return
+        yield Found(name, members[images[0]], label, tags, caption, sides)
 
     def _first_has_classes(self) -> bool:
         """Whether the first tar's first sample has a class."""
         if self.first is None:
             return False
+        wanted = {self.class_suffix: 16} | dict.fromkeys(self.images, 0)
         with storage.open_ranges(f"{self.root}/{self.first}") as file:
-            for _, found in samples(file, {self.class_suffix: 16} | {suffix[1:]: 0 for suffix in IMAGE_SUFFIXES}):
-                if not isinstance(found, ValueError):
-                    return self.class_suffix in found
+            for found in samples(file, wanted, self.config.key):
+                if isinstance(found, Sample):
+                    return self.class_suffix in found.members
         return False
+
+
+def _numbered(path: str, found: Iterator[Found]) -> Iterator[Found]:
+    """The same, of which at least one takes a number: an archive without images is one rejected thing."""
+    first = next(found, None)
+    if first is None:
+        yield Found(shown(path), ValueError("no image among its members: it has none"))
+        return
+    if not first.beside:
+        yield first
+        yield from found
+        return
+    for each in found:
+        yield each
+        if not each.beside:
+            yield first
+            yield from found
+            return
+    yield replace(first, beside=False)
 
 
 def tags_of(text: bytes) -> tuple[str, ...]:
@@ -136,46 +201,67 @@ def tags_of(text: bytes) -> tuple[str, ...]:
     return tuple(sorted({str(item) for item in listed}))
 
 
-def samples(file: IO[bytes], wanted: dict[str, int]) -> Iterator[tuple[str, dict[str, bytes] | ValueError]]:
-    """The samples of a tar: key, and the wanted members by suffix (those with size limit 0 are not read); or what was
-    refused and why, the first MOST_REFUSED one by one.
+def key_of(name: str, rule: str) -> tuple[str, str]:
+    """A member's key and its suffix in lower case, by a rule of `config.KEYS`; the suffix is "" where there is none."""
+    folder, slash, base = name.rpartition("/")
+    at = base.find(".") if rule == "first-dot" else base.rfind(".")
+    # WebDataset's pattern takes `a/.b.png` as key `a/`, unless that folder's name has a dot itself
+    whole = slash and rule == "first-dot" and "." not in folder.rpartition("/")[2]
+    if at < 0 or (at == 0 and not whole):
+        return name, ""
+    return folder + slash + base[:at], base[at + 1 :].lower()
+
+
+def samples(file: IO[bytes], wanted: dict[str, int], rule: str = "first-dot") -> Iterator[Sample | Refused]:
+    """The samples of a tar with the wanted members (those with size limit 0 are not read), and every other member with
+    its reason.
     """
-    key, held, refused = "", dict[str, bytes](), 0
+    key, held, archive = "", dict[str, bytes](), 0
     walk = members(file)
     while True:
         try:
             member = next(walk, None)
         except ValueError as error:
             if held:
-                yield key, held
-            yield "", error
+                yield Sample(key, held)
+            yield Refused("", str(error))
             return
         if member is None:
             break
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        suffix = suffix.lower()
-        reason = member.refused or (f"a .{suffix} member is never opened" if suffix in EXECUTABLE else "")
+        name, suffix = key_of(member.name, rule)
         limit = wanted.get(suffix)
+        reason = member.refused or (f"a .{suffix} member is never opened" if suffix in EXECUTABLE else "")
         if not reason and limit is None:
+            yield Refused(member.name, _unwanted(suffix), beside=True)
             continue
         if not reason and limit and member.size > limit:
             reason = f"{member.size} bytes, more than the limit of {limit}"
         if reason:
-            refused += 1
-            if refused <= MOST_REFUSED:
-                yield member.name, ValueError(reason)
+            yield Refused(member.name, reason)
             continue
-        name = folder + slash + stem
-        if name != key:
+        if (name, member.archive) != (key, archive):
             if held:
-                yield key, held
-            key, held = name, {}
+                yield Sample(key, held)
+            key, held, archive = name, {}, member.archive
+        if suffix in held:
+            yield Refused(member.name, f"an earlier .{suffix} of its key, which this archive replaces", beside=True)
         held[suffix] = file.read(member.size) if limit else b""
     if held:
-        yield key, held
-    if refused > MOST_REFUSED:
-        yield "", ValueError(f"{refused - MOST_REFUSED} more members were refused")
+        yield Sample(key, held)
+
+
+def _unwanted(suffix: str) -> str:
+    """Why a member with a suffix that nobody asked for is left out."""
+    if suffix.endswith(IMAGE_SUFFIXES):
+        return (
+            f"the image .{suffix} of its key (the name up to its first dot): "
+            f"image: {suffix} takes it, key: last-dot every image"
+        )
+    if f".{suffix}" in IMAGE_SUFFIXES:
+        return f"an image: image: {suffix} takes it"
+    if suffix in SIDES:
+        return f"other: .{suffix} is not asked for; {SIDES[suffix]} takes it"
+    return f"other: .{suffix} is no image" if suffix else "other: a name without a suffix"
 
 
 def members(file: IO[bytes]) -> Iterator[Member]:
@@ -186,7 +272,7 @@ def members(file: IO[bytes]) -> Iterator[Member]:
             names the byte.
     """
     file.seek(0, 2)
-    end, at = file.tell(), 0
+    end, at, archive = file.tell(), 0, 0
     name: str | None = None
     size: int | None = None
     while True:
@@ -194,7 +280,10 @@ def members(file: IO[bytes]) -> Iterator[Member]:
         if len(head) < BLOCK:
             raise ValueError(f"the archive is cut off at byte {at}: there is no end mark")
         if not any(head):
-            return
+            at, archive = _after_end(file, at, end), archive + 1
+            if at == end:
+                return
+            continue
         own, kind = _checked(head, at)
         length = own if size is None or kind not in _REGULAR else size
         body, at = at + BLOCK, at + BLOCK + length + -length % BLOCK
@@ -210,10 +299,21 @@ def members(file: IO[bytes]) -> Iterator[Member]:
             if kind == b"S":
                 raise ValueError(f"a sparse file at byte {body}: nothing after it is read")
             file.seek(body)
-            yield Member(name or _ustar_name(head), length, "" if kind in _REGULAR else _kind(kind))
+            yield Member(name or _ustar_name(head), length, "" if kind in _REGULAR else _kind(kind), archive)
             name = size = None
         elif kind == b"5":
             name = size = None
+
+
+def _after_end(file: IO[bytes], at: int, end: int) -> int:
+    """Where the archive after an end mark begins (`cat a.tar b.tar`); `end` where only zeros follow."""
+    while at < end:
+        data = _at(file, at, min(ZEROS, end - at))
+        rest = data.lstrip(b"\0")
+        if rest:
+            return at + (len(data) - len(rest)) // BLOCK * BLOCK
+        at += len(data)
+    return end
 
 
 def _kind(kind: bytes) -> str:

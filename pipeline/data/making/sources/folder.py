@@ -5,16 +5,7 @@ from collections.abc import Iterable, Iterator
 from pipeline import storage
 from pipeline.data.config import ShardConfig
 from pipeline.data.formats import tar
-from pipeline.data.making.sources.base import (
-    IMAGE_SUFFIXES,
-    PACKED,
-    Found,
-    Labels,
-    Unit,
-    ahead,
-    image_bytes,
-    shown,
-)
+from pipeline.data.making.sources.base import IMAGE_SUFFIXES, PACKED, Found, Labels, Unit, ahead, image_bytes, shown
 
 
 class FolderSource:

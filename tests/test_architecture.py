@@ -15,6 +15,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/choose.py": (set(), set()),
     "pipeline/folders.py": (set(), {"torch", "safetensors"}),
     "pipeline/diffusion": ({"pipeline.choose"}, {"torch", "jaxtyping"}),
+    "pipeline/schedulers.py": ({"pipeline.choose", "pipeline.diffusion"}, {"torch"}),
     "pipeline/text": (
         {"pipeline.choose", "pipeline.folders"},
         {"torch", "safetensors", "tokenizers", "sentencepiece"},

@@ -144,6 +144,27 @@ class LinearBeta(Tabulated):
 
 
 @dataclass(frozen=True)
+class ScaledLinear(Tabulated):
+    """Latent diffusion's betas (Rombach et al. 2022, their code): evenly spaced in their square roots."""
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    gamma_limit: float = math.inf
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"schedule scaled_linear: need 0 < beta_start <= beta_end < 1, got {self.beta_start:g} and "
+                f"{self.beta_end:g}"
+            )
+
+    def betas(self) -> Tensor:
+        return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64) ** 2
+
+
+@dataclass(frozen=True)
 class Cosine(Tabulated):
     """IDDPM's cosine law (Nichol & Dhariwal 2021, eq. 17): f(t) = cos^2((t/T + s) / (1 + s) pi/2), betas clipped."""
 
@@ -431,6 +452,7 @@ class LearnedGamma(nn.Module):
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear_beta": LinearBeta,
+    "scaled_linear": ScaledLinear,
     "cosine": Cosine,
     "vp": VP,
     "subvp": SubVP,

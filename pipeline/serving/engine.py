@@ -1,13 +1,12 @@
 """Step-level continuous batching: one worker thread answers the open queries of all live requests together.
 
 A request is a procedure (any sampler, any likelihood estimator). At each turn the engine takes the rows that are
-most urgent, whatever their request, sampler, step count or progress, calls the network once on exactly `chunk` rows
-(padded where fewer are open) and resumes the procedures whose query is complete. So requests join and leave between two
-network calls, a long query is answered over several turns, and a request's floats do not depend on its company. No Ray
-and no web framework here.
+most urgent by its `Scheduler`, whatever their request, sampler, step count or progress, calls the network once on
+exactly `chunk` rows (padded where fewer are open) and resumes the procedures whose query is complete. So requests join
+and leave between two network calls, a long query is answered over several turns, and a request's floats do not depend
+on its company. No Ray and no web framework here.
 """
 
-import heapq
 import itertools
 import math
 import threading
@@ -24,14 +23,11 @@ from torch import Tensor
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser, Prediction, Shared
 from pipeline.diffusion.procedure import Answer, Procedure, Query, answer_queries, join_answers
-from pipeline.serving.job import Entry, Job, OpenQueries, Progress, Taken
-from pipeline.serving.outcomes import DeadlineExceeded, EngineBusy, EngineClosed, NotFinite, Outcome
+from pipeline.serving.job import Job, Progress, Taken
+from pipeline.serving.outcomes import DeadlineExceeded, EngineClosed, NotFinite, Outcome
+from pipeline.serving.scheduler import Scheduler
 
 T = TypeVar("T")
-
-RATE_MEMORY = 0.05  # share of the newest network call in the running mean of their seconds
-FIRST_GUESS_S = 0.01
-STRETCH = 4.0
 
 
 @dataclass(frozen=True)
@@ -78,10 +74,7 @@ class Inferring:
 class Engine:
     """Answers procedures until it is closed; owns one worker thread.
 
-    Which rows go first: a request is due at its submission plus `STRETCH` times the seconds its cost takes, earlier
-    where its deadline then leaves no time, but never before those seconds have passed once; what is due first goes
-    first. So small requests pass large ones, also one that needs all the time it has, equal ones are served in order,
-    and none waits for ever. Queries that cannot share a call (with probes, of another network) take turns.
+    Which rows go first, the `Scheduler` says; the engine is its clock, its thread and its network.
 
     networks: by name, as `Model.networks`. chunk: rows of every network call. max_live_rows: images in progress at once
     (the memory of their states); a larger request runs alone. max_queued_cost: row evaluations that may be owed before
@@ -102,27 +95,17 @@ class Engine:
             got = f"{chunk}, {max_live_rows}, {max_queued_cost}"
             raise ValueError(f"chunk, max_live_rows and max_queued_cost must be at least 1, got {got}")
         self.networks, self.chunk = {name: Inferring(network) for name, network in networks.items()}, chunk
-        self.max_live_rows, self.max_queued_cost = max_live_rows, max_queued_cost
+        self._scheduler = Scheduler(chunk, max_live_rows, max_queued_cost)
         self._threads = threads if threads is not None else torch.get_num_threads()
         self._wake = threading.Condition()
         self._numbers = itertools.count()
-        # shared with callers, guarded by _wake
-        self._submitted: deque[Job] = deque()
+        # shared with callers, as the scheduler is: guarded by _wake
         self._left: deque[Job] = deque()  # cancelled by their owner
         self._closing: str | None = None  # "drain" or "now"
         self._broken: BaseException | None = None
         # the worker's own
-        self._waiting: list[Entry] = []  # heap
-        self._live: dict[int, Job] = {}
-        self._open = OpenQueries()
-        self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, number)
-        self._timed: dict[int, Job] = {}  # those of them that are not over
-        self._live_rows = self._queued_cost = 0
-        self._calls = self._rows = self._padded = 0
-        self._finished = self._failed = self._cancelled = self._expired = 0
+        self._calls = self._finished = self._failed = self._cancelled = self._expired = 0
         self._network_s = self._turn_s = 0.0
-        self._call_s = FIRST_GUESS_S  # running mean of a network call
-        self._fastest_s = math.inf
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -149,41 +132,33 @@ class Engine:
             EngineBusy: the queue is full. EngineClosed: the engine was closed or has failed.
         """
         build = procedure if callable(procedure) else lambda: procedure
-        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        now = time.monotonic()
+        deadline = None if deadline_s is None else now + deadline_s
         with self._wake:
             if self._broken is not None:
                 raise EngineClosed(f"the engine has failed: {self._broken!r}")
             if self._closing:
                 raise EngineClosed("the engine is closing and takes no more requests")
-            if self._queued_cost and self._queued_cost + cost > self.max_queued_cost:
-                raise EngineBusy(
-                    f"{self._queued_cost} row evaluations are queued; {cost} more would pass {self.max_queued_cost}",
-                    retry_after_s=max(1.0, 0.5 * self._queued_cost * self._call_s / self.chunk),
-                )
             job = Job(next(self._numbers), build, rows, cost, deadline, on_progress, name)
-            alone_s = cost * self._call_s / self.chunk
-            job.due += STRETCH * alone_s
-            if deadline is not None:
-                job.due = min(job.due, max(deadline - alone_s, job.submitted_s + alone_s))
-            self._queued_cost += cost
-            self._submitted.append(job)
+            self._scheduler.add(job, now)
             job.future.add_done_callback(lambda future: self._leave(job) if future.cancelled() else None)
             self._wake.notify()
         return job.future
 
     def load(self) -> Load:
         """A snapshot; may be a turn old."""
+        plan = self._scheduler
         with self._wake:
             return Load(
-                waiting=len(self._submitted) + len(self._waiting),
-                live=len(self._live),
-                live_rows=self._live_rows,
-                queued_cost=self._queued_cost,
-                rows_per_s=self.chunk / self._call_s,
-                best_rows_per_s=self.chunk / min(self._fastest_s, self._call_s),
+                waiting=len(plan.jobs) - plan.live,
+                live=plan.live,
+                live_rows=plan.live_rows,
+                queued_cost=plan.owed,
+                rows_per_s=self.chunk / plan.call_s,
+                best_rows_per_s=self.chunk / min(plan.fastest_s, plan.call_s),
                 calls=self._calls,
-                rows=self._rows,
-                padded_rows=self._padded,
+                rows=plan.rows,
+                padded_rows=plan.padded_rows,
                 finished=self._finished,
                 failed=self._failed,
                 cancelled=self._cancelled,
@@ -233,48 +208,28 @@ class Engine:
         self._abandon(EngineClosed("the engine was closed before the request was done"))
 
     def _gather(self) -> bool:
-        """Wait for work; take in what arrived and drop what left. False when the engine is to stop."""
+        """Wait for work, drop what left or is late, start what may start. False when the engine is to stop."""
         with self._wake:
-            while not (self._submitted or self._left or self._live or self._waiting or self._closing):
+            while not (self._left or self._scheduler.jobs or self._closing):
                 self._wake.wait()
-            for job in self._submitted:
-                heapq.heappush(self._waiting, job.entry)
-                if job.deadline is not None:
-                    heapq.heappush(self._deadlines, (job.deadline, job.number))
-                    self._timed[job.number] = job
-            self._submitted.clear()
             left = list(self._left)
             self._left.clear()
             closing = self._closing
         for job in left:
-            self._drop(job)
+            self._cancelled += self._end(job)
         if closing == "now":
             return False
-        self._expire()
-        self._admit()
-        return bool(self._live or self._waiting or not closing)
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._timed):
-            job = self._timed.get(heapq.heappop(self._deadlines)[1])
-            if job is not None:
-                self._fail(job, DeadlineExceeded(f"the deadline passed after {job.evaluations} network evaluations"))
-
-    def _admit(self) -> None:
-        """Start waiting requests, what is due first, while their images fit beside those in progress."""
-        while self._waiting:
-            job = self._waiting[0][2]
-            if not job.over and self._live and self._live_rows + job.rows > self.max_live_rows:
-                return
-            heapq.heappop(self._waiting)
-            if not job.over:
-                self._start(job)
+        with self._wake:
+            late = self._scheduler.expire(time.monotonic())
+        for job in late:
+            self._fail(job, DeadlineExceeded(f"the deadline passed after {job.evaluations} network evaluations"))
+        with self._wake:
+            started = self._scheduler.admit(time.monotonic())
+        for job in started:
+            self._start(job)
+        return bool(self._scheduler.jobs or not closing)
 
     def _start(self, job: Job) -> None:
-        job.started_s = time.monotonic()
-        self._live[job.number] = job
-        self._live_rows += job.rows
         try:
             procedure = job.procedure = job.build()
         except Exception as error:  # a StopIteration out of it is no end of the procedure
@@ -290,25 +245,23 @@ class Engine:
             self._ask(job, query)
 
     def _ask(self, job: Job, query: Query) -> None:
-        job.query, job.answered = query, 0
-        self._open.add(job)
+        with self._wake:
+            self._scheduler.ask(job, query)
 
     def _turn(self) -> None:
         """One network call."""
-        taken = self._open.take(self.chunk)
+        with self._wake:
+            taken = self._scheduler.take()
         if not taken:
             return
         started = time.perf_counter()
         answers = self._answers(taken)
         elapsed = time.perf_counter() - started
-        self._call_s += RATE_MEMORY * (elapsed - self._call_s) if self._rows else elapsed - self._call_s
-        if all(isinstance(answer, Answer) for answer in answers):
-            self._fastest_s = min(self._fastest_s, elapsed)
         self._network_s += elapsed
-        self._count(taken)
+        with self._wake:
+            at_once = all(isinstance(answer, Answer) for answer in answers)
+            self._scheduler.answered(taken, elapsed, at_once=at_once)
         for (job, _), answer in zip(taken, answers, strict=True):
-            if job.over:
-                continue
             if isinstance(answer, Exception):
                 self._fail(job, answer)
             else:
@@ -329,14 +282,12 @@ class Engine:
         return [answer if _finite([answer]) else NotFinite(wrong) for answer in answers]
 
     def _receive(self, job: Job, answer: Answer) -> None:
-        """Rows of a job's query are answered: go on with the rest of them, or resume the procedure."""
+        """Rows of a job's query are answered: where they were the last, resume the procedure."""
         query, procedure = job.query, job.procedure
         if query is None or procedure is None:
             raise AssertionError(f"request {job.number} was answered without having asked")
-        job.answered += answer.x_hat.shape[0]
         job.parts.append(answer)
         if job.answered < query.rows:
-            self._open.add(job)
             return
         answer, job.parts = join_answers(job.parts), []
         job.evaluations += 1
@@ -353,37 +304,23 @@ class Engine:
 
     # --- endings -----------------------------------------------------------------------------------------------------
 
-    def _count(self, taken: list[Taken]) -> None:
-        rows = owed = 0
-        for job, query in taken:
-            rows += query.rows
-            if not job.over:
-                owed += min(query.rows, max(job.cost - job.row_evaluations, 0))
-                job.row_evaluations += query.rows
-        self._rows, self._padded = self._rows + rows, self._padded + self.chunk - rows
+    def _end(self, job: Job) -> bool:
+        """Forget a job and close its procedure; its future is the caller's to settle. Whether it had not ended yet."""
         with self._wake:
-            self._queued_cost -= owed
-
-    def _end(self, job: Job) -> None:
-        """Forget a job and close its procedure; its future is the caller's to settle."""
-        if job.over:
-            return
-        job.over = True
-        procedure, job.procedure, job.query, job.parts = job.procedure, None, None, []
+            if not self._scheduler.drop(job):
+                return False
+        procedure, job.procedure, job.parts = job.procedure, None, []
         if procedure is not None:
             try:
                 procedure.close()
             except Exception as error:  # its own fault, and told to nobody else
                 _settle(job.future, error)
-        self._timed.pop(job.number, None)
-        if self._live.pop(job.number, None) is not None:
-            self._live_rows -= job.rows
-        with self._wake:
-            self._queued_cost -= max(job.cost - job.row_evaluations, 0)
+        return True
 
     def _finish(self, job: Job, value: Any) -> None:
         now = time.monotonic()
-        queued_s, run_s = job.started_s - job.submitted_s, now - job.started_s
+        started_s = now if job.started_s is None else job.started_s
+        queued_s, run_s = started_s - job.submitted_s, now - started_s
         outcome = Outcome(value, job.evaluations, job.row_evaluations, queued_s, run_s)
         self._end(job)
         self._finished += 1
@@ -399,17 +336,10 @@ class Engine:
             self._failed += 1
         _settle(job.future, error)
 
-    def _drop(self, job: Job) -> None:
-        if not job.over:
-            self._end(job)
-            self._cancelled += 1
-
     def _abandon(self, error: Exception) -> None:
         with self._wake:
             self._closing = "now"
-            jobs = [*self._submitted, *(job for _, _, job in self._waiting), *self._live.values()]
-            self._submitted.clear()
-        self._waiting.clear()
+            jobs = list(self._scheduler.jobs.values())
         for job in jobs:
             self._end(job)
             _settle(job.future, error)

@@ -1,10 +1,9 @@
 """A request inside the engine, and the queue of what the live ones ask."""
 
 import heapq
-import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -23,57 +22,42 @@ class Progress:
 Entry = tuple[float, int, "Job"]  # compared as it stands: no two jobs have one number
 
 
+@dataclass(eq=False, slots=True)
 class Job:
-    """A request; touched by the worker thread only, but for `future`. due: its place in the order, see `Engine`."""
+    """A request. rows, cost, deadline: as in `Engine.submit`, the deadline by the engine's clock.
 
-    __slots__ = (
-        "answered",
-        "build",
-        "cost",
-        "deadline",
-        "due",
-        "evaluations",
-        "future",
-        "name",
-        "number",
-        "on_progress",
-        "over",
-        "parts",
-        "procedure",
-        "query",
-        "row_evaluations",
-        "rows",
-        "started_s",
-        "submitted_s",
-    )
+    What the scheduler keeps of it: when it came, started and is due (seconds of the same clock), its query and how many
+    rows of that have an answer, the row evaluations it has had, and whether it is over. The rest is the engine's.
+    """
 
-    def __init__(
-        self,
-        number: int,
-        build: Callable[[], Procedure[Any]],
-        rows: int,
-        cost: int,
-        deadline: float | None,
-        on_progress: Callable[[Progress], None] | None,
-        name: str,
-    ) -> None:
-        self.number, self.build, self.rows, self.cost = number, build, rows, cost
-        self.deadline, self.on_progress, self.name = deadline, on_progress, name
-        self.future: Future[Any] = Future()
-        self.procedure: Procedure[Any] | None = None
-        self.query: Query | None = None
-        self.parts: list[Answer] = []  # answers to the first rows of the query
-        self.answered = 0  # rows of the query that have one
-        self.evaluations = self.row_evaluations = 0
-        self.submitted_s = time.monotonic()
-        self.started_s = self.submitted_s
-        self.due = self.submitted_s
-        self.over = False
+    number: int
+    build: Callable[[], Procedure[Any]]
+    rows: int
+    cost: int
+    deadline: float | None = None
+    on_progress: Callable[[Progress], None] | None = None
+    name: str = ""
+    future: Future[Any] = field(default_factory=Future)
+    procedure: Procedure[Any] | None = None
+    parts: list[Answer] = field(default_factory=list)  # answers to the first rows of the query
+    evaluations: int = 0
+    submitted_s: float = 0.0
+    started_s: float | None = None  # None: it waits
+    due: float = 0.0
+    query: Query | None = None
+    answered: int = 0
+    row_evaluations: int = 0
+    over: bool = False
 
     @property
     def entry(self) -> Entry:
         """In a heap: what is due first goes first, equals in the order they came."""
         return self.due, self.number, self
+
+    @property
+    def owed(self) -> int:
+        """Row evaluations it is still expected to need."""
+        return max(self.cost - self.row_evaluations, 0)
 
 
 KINDS_KEPT = 1000

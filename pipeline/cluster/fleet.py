@@ -8,7 +8,7 @@ gets traffic only after every replica has loaded and tested what it names.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any
 
 from ray import serve
@@ -20,6 +20,7 @@ from pipeline.cluster.monitoring import IngressMetrics
 from pipeline.cluster.replica import Pinned, pin
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.refusals import Refused, unknown_model
+from pipeline.serving.requests import Call, GenerationRequest
 
 log = logging.getLogger("raydiffusion.serving")
 
@@ -62,27 +63,19 @@ class Fleet:
         facts = await self._ask("describe", pinned)
         return {**facts, **self._notes(pinned)}
 
-    async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        return await self._ask("generate", self._meant(fields.get("model")), _asked(fields), seed)
+    async def answer(self, asked: Call) -> dict[str, Any]:
+        return await self._ask("answer", *self._bound(asked))
 
-    async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]:
-        return await self._ask("likelihood", self._meant(fields.get("model")), _asked(fields), encoded, seed)
+    async def price(self, asked: Call) -> int:
+        return await self._ask("price", *self._bound(asked))
 
-    async def encode(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return await self._ask("encode", self._meant(fields.get("model")), _asked(fields))
-
-    async def price(self, method: str, fields: Mapping[str, Any], *arguments: Any) -> int:
-        """Cost units that the call of that name is expected to take."""
-        pinned = self._meant(fields.get("model"))
-        return await self._ask("price", pinned, method, _asked(fields), *arguments)
-
-    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(self, asked: GenerationRequest) -> AsyncGenerator[dict[str, Any], None]:
         """Events in order; where a replica dies, those already sent are made again and left out."""
-        pinned = self._meant(fields.get("model"))
+        bound = self._bound(asked)
         sent, started = 0, time.monotonic()
         for attempt in range(ATTEMPTS):
             passed = 0
-            events = self.handle.options(stream=True).stream.remote(pinned, _asked(fields), seed)
+            events = self.handle.options(stream=True).stream.remote(*bound)
             try:
                 event = await self._in_time(anext(aiter(events), None), started)
                 while event is not None:
@@ -153,6 +146,10 @@ class Fleet:
             if pinned.identity.answers_to(name):
                 return pinned
         raise unknown_model(name, [each.identity.id for each in self.pinned.values()])
+
+    def _bound(self, asked: Call) -> tuple[Pinned, Call]:
+        """The version that a request means, and the request without the name it gave: a replica may know another."""
+        return self._meant(asked.model), asked.model_copy(update={"model": None})
 
     def _entry(self, pinned: Pinned) -> dict[str, Any]:
         return {**pinned.identity.entry(), **self._notes(pinned)}
@@ -247,10 +244,6 @@ def cause_in(message: str) -> str:
 
 def _no_replica(cause: str) -> str:
     return f"no replica of the model is ready: {cause or 'none has started yet'}"
-
-
-def _asked(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name != "model"}
 
 
 def _check_attempt(attempt: int, error: Exception) -> None:

@@ -3,10 +3,10 @@
 import hashlib
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.cluster import monitoring, weights
@@ -14,7 +14,10 @@ from pipeline.serving import logs
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.model_cache import ModelCache
 from pipeline.serving.refusals import Refused, refused
+from pipeline.serving.requests import Call, GenerationRequest
 from pipeline.serving.service import Identity, Service
+
+T = TypeVar("T")
 
 log = logging.getLogger("raydiffusion.serving")
 
@@ -89,34 +92,26 @@ class Replica:
             return refused(error)
 
     async def describe(self, pinned: Pinned) -> dict[str, Any] | Refused:
-        return await self._answer(pinned, "describe")
+        return await self._told(pinned, lambda service: service.describe())
 
-    async def generate(self, pinned: Pinned, *arguments: Any) -> dict[str, Any] | Refused:
-        return await self._answer(pinned, "generate", *arguments)
+    async def answer(self, pinned: Pinned, asked: Call) -> dict[str, Any] | Refused:
+        return await self._told(pinned, lambda service: service.answer(asked))
 
-    async def likelihood(self, pinned: Pinned, *arguments: Any) -> dict[str, Any] | Refused:
-        return await self._answer(pinned, "likelihood", *arguments)
+    async def price(self, pinned: Pinned, asked: Call) -> int | Refused:
+        return await self._told(pinned, lambda service: service.price(asked))
 
-    async def encode(self, pinned: Pinned, *arguments: Any) -> dict[str, Any] | Refused:
-        return await self._answer(pinned, "encode", *arguments)
-
-    async def price(self, pinned: Pinned, *arguments: Any) -> int | Refused:
-        return await self._answer(pinned, "price", *arguments)
-
-    async def _answer(self, pinned: Pinned, method: str, *arguments: Any) -> Any:
+    async def _told(self, pinned: Pinned, ask: Callable[[Service], Awaitable[T]]) -> T | Refused:
         try:
             async with self._service(pinned) as service:
-                return await getattr(service, method)(*arguments)
+                return await ask(service)
         except Exception as error:
             return _logged(error)
 
-    async def stream(
-        self, pinned: Pinned, fields: Mapping[str, Any], seed: int
-    ) -> AsyncGenerator[dict[str, Any] | Refused, None]:
+    async def stream(self, pinned: Pinned, asked: GenerationRequest) -> AsyncGenerator[dict[str, Any] | Refused, None]:
         async with AsyncExitStack() as stack:  # a cancellation may arrive at our own yield
             try:
                 service = await stack.enter_async_context(self._service(pinned))
-                events = service.stream(fields, seed)
+                events = service.stream(asked)
                 stack.push_async_callback(events.aclose)
                 async for event in events:
                     yield event

@@ -77,6 +77,11 @@ class EncodingPlan:
     n: int
     cost: int
 
+    @property
+    def unusual(self) -> str:
+        """As of a `GenerationPlan`."""
+        return "latents" if self.pixels is None else "images"
+
     def build(self, model: Model) -> Procedure[Tensor]:
         """Latents, or images in model space, float (n, C, H, W)."""
         if self.pixels is not None:
@@ -98,10 +103,18 @@ class LikelihoodPlan:
     def n(self) -> int:
         return len(self.pixels)
 
+    @property
+    def unusual(self) -> str:
+        """As of a `GenerationPlan`."""
+        return "options" if self.how.options else ""
+
     def build(self, model: Model) -> Procedure[Likelihood]:
         """The scores as `Model.bits_per_dim` gives them with the same seed."""
         seeds = [key_seed("score", self.seed, index) for index in range(self.n)]
         return model.scoring(self.pixels, seeds, self.conditioning, self.how)
+
+
+Plan = GenerationPlan | EncodingPlan | LikelihoodPlan
 
 
 def plan_generation(request: GenerationRequest, model: Model, config: ServingConfig, seed: int) -> GenerationPlan:

@@ -19,7 +19,9 @@ Count = Annotated[int, Field(ge=1, le=10**9)]  # the configured limits say what 
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
 
 
 Asked = TypeVar("Asked", bound=Body)
@@ -28,7 +30,6 @@ Asked = TypeVar("Asked", bound=Body)
 class GenerationRequest(Body):
     """`POST /v1/images/generations`: the OpenAI fields that mean something here, and ours."""
 
-    model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
     prompt: str | None = Field(None, max_length=256, description="a class by name or number, for all images")
     n: Count = Field(1, description="images to make")
     size: str | None = Field(None, max_length=16, description="'auto' or the model's own WIDTHxHEIGHT")
@@ -61,7 +62,6 @@ class GenerationRequest(Body):
 class LikelihoodOptions(Body):
     """`POST /v1/likelihood` but for the images: the fields of its multipart form, which has the images as files."""
 
-    model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
     tags: Tags | None = Field(None, description="of a model that is told tags: those of all images, or a list of each")
     labels: int | list[int] | None = Field(
         None, description="class of all images or of each; without, no percentile is told: held-out images had theirs"
@@ -75,7 +75,6 @@ class LikelihoodOptions(Body):
 class EncodingRequest(Body):
     """`POST /v1/encodings`: images to latents along the probability flow, or latents back to images."""
 
-    model: str | None = Field(None, max_length=256, description="id of a served model; default: the first")
     images: list[str] | None = Field(None, min_length=1, description="base64 of each jpg, png or webp, or a data: URL")
     latents: list[str] | None = Field(
         None, min_length=1, description="base64 of each latent: float32 little-endian, channels x height x width"
@@ -92,6 +91,21 @@ class LikelihoodRequest(LikelihoodOptions):
     """`POST /v1/likelihood` as JSON."""
 
     images: list[str] = Field(min_length=1, description="base64 of each jpg, png or webp, or a data: URL")
+
+
+class ScoringRequest(LikelihoodOptions):
+    """What both forms of `POST /v1/likelihood` come to: the images as files."""
+
+    files: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, asked: LikelihoodOptions, files: Sequence[bytes]) -> "ScoringRequest":
+        """Of fields that were checked when they were read."""
+        fields = {name: getattr(asked, name) for name in LikelihoodOptions.model_fields}
+        return cls.model_construct(**fields, files=tuple(files))
+
+
+Call = GenerationRequest | ScoringRequest | EncodingRequest  # what a route hands on: read and checked, once
 
 
 def parse_body(body: type[Asked], data: Any) -> Asked:

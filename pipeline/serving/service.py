@@ -7,9 +7,9 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +33,15 @@ from pipeline.serving.plans import (
     EncodingPlan,
     GenerationPlan,
     LikelihoodPlan,
+    Plan,
     options_of,
     plan_encoding,
     plan_generation,
     plan_likelihood,
 )
 from pipeline.serving.refusals import RequestError, unknown_model
-from pipeline.serving.requests import EncodingRequest, GenerationRequest, LikelihoodOptions, parse_body
+from pipeline.serving.requests import Call, EncodingRequest, GenerationRequest, ScoringRequest
 from pipeline.serving.self_test import self_test
-
-B = TypeVar("B", GenerationRequest, LikelihoodOptions, EncodingRequest)
 
 DEFAULT_PREVIEWS = 16
 
@@ -139,33 +138,39 @@ class Service:
             return "always"
         return "by class" if self.model.config.classes and self.model.card.get("label_dropout") != 0 else None
 
-    # --- generation -----------------------------------------------------------------------------------------------
+    # --- what it is asked -----------------------------------------------------------------------------------------
 
-    async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """The body of an answer of `POST /v1/images/generations`.
+    async def answer(self, asked: Call) -> dict[str, Any]:
+        """The body of an answer of the route that takes such requests. Without a seed its seed is 0.
 
         Raises:
             RequestError: what the request may not ask. EngineBusy, EngineClosed, DeadlineExceeded, NotFinite.
         """
-        plan = await self._planned(fields, seed)
+        plan = await self._planned(asked)
         with _whose(plan.unusual):
-            outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
-            return await asyncio.to_thread(self._generated, plan, outcome)
+            return await asyncio.to_thread(self._told, plan, await self._run(plan))
 
-    async def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]:
+    async def price(self, asked: Call) -> int:
+        """Cost units (images x network evaluations x pixels) that the answer is expected to take.
+
+        Raises:
+            RequestError: as `answer`.
+        """
+        return (await self._planned(asked)).cost * self.model.config.size**2
+
+    async def stream(self, asked: GenerationRequest) -> AsyncGenerator[dict[str, Any], None]:
         """The same as events: previews of x_hat as they come, then the whole answer. Closing it cancels the request."""
-        plan = await self._planned(fields, seed)
-        wanted = fields.get("partial_images")
-        wanted = DEFAULT_PREVIEWS if wanted is None else wanted
-        every = _spread(plan.evaluations, wanted)
+        plan = await self._planned(asked)
+        if not isinstance(plan, GenerationPlan):
+            raise AssertionError(f"a request for images came to {type(plan).__name__}")
+        every = _spread(plan.evaluations, DEFAULT_PREVIEWS if asked.partial_images is None else asked.partial_images)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Progress | None]()
 
         def on_progress(progress: Progress) -> None:
             if progress.evaluations in every:
                 loop.call_soon_threadsafe(events.put_nowait, progress)
 
-        build: Callable[[], Procedure[Tensor]] = lambda: plan.build(self.model)  # noqa: E731
-        task = asyncio.ensure_future(self._run(build, plan.n, plan.cost, on_progress if every else None))
+        task = asyncio.ensure_future(self._run(plan, on_progress if every else None))
         task.add_done_callback(lambda _: events.put_nowait(None))
         shown = 0
         try:
@@ -174,18 +179,29 @@ class Service:
                 yield {**event, "partial_image_index": shown}
                 shown += 1
             with _whose(plan.unusual):
-                body = await asyncio.to_thread(self._generated, plan, await task)
+                body = await asyncio.to_thread(self._told, plan, await task)
             event = {**self._event("image_generation.completed"), "b64_json": body["data"][0]["b64_json"], **body}
             yield {**event, "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}}
         finally:
             task.cancel()
+
+    def _told(self, plan: Plan, outcome: Outcome[Any]) -> dict[str, Any]:
+        match plan:
+            case GenerationPlan():
+                return self._generated(plan, outcome)
+            case LikelihoodPlan():
+                return self._scored(plan, outcome)
+            case EncodingPlan():
+                return self._encoded(plan, outcome)
+
+    # --- generation -----------------------------------------------------------------------------------------------
 
     def _generated(self, plan: GenerationPlan, outcome: Outcome[Tensor]) -> dict[str, Any]:
         if not bool(torch.isfinite(outcome.value).all()):
             raise NotFinite("the sampler came to a value that is not finite")
         data = [
             {"b64_json": encoded, "index": index, **self.model.conditioner.echo(plan.conditioning, index)}
-            for index, encoded in enumerate(_encoded(outcome.value))
+            for index, encoded in enumerate(_pngs(outcome.value))
         ]
         how = {"sampler": plan.how.sampler, "steps": plan.how.steps, "guidance": plan.how.guidance}
         side = self.model.config.size
@@ -196,7 +212,7 @@ class Service:
         x_hat = progress.x_hat
         if len(x_hat) == 2 * plan.n:  # a guided query asks conditional rows, then unconditional ones
             x_hat = torch.lerp(x_hat[plan.n :], x_hat[: plan.n], plan.how.guidance)
-        encoded = _encoded(x_hat)
+        encoded = _pngs(x_hat)
         return {
             **self._event("image_generation.partial_image"),
             "b64_json": encoded[0],
@@ -212,15 +228,7 @@ class Service:
 
     # --- likelihood -----------------------------------------------------------------------------------------------
 
-    async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]:
-        """The body of an answer of `POST /v1/likelihood`; `fields` as `LikelihoodOptions`.
-
-        Raises:
-            RequestError and the engine's errors, as `generate`.
-        """
-        plan = await asyncio.to_thread(self._plan_likelihood, fields, encoded, seed)
-        with _whose("options" if plan.how.options else ""):
-            outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
+    def _scored(self, plan: LikelihoodPlan, outcome: Outcome[Likelihood]) -> dict[str, Any]:
         asked = self.model.conditioner
         data = [
             {
@@ -248,19 +256,11 @@ class Service:
 
     # --- encodings ------------------------------------------------------------------------------------------------
 
-    async def encode(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The body of an answer of `POST /v1/encodings`; `fields` as `EncodingRequest`.
-
-        Raises:
-            RequestError and the engine's errors, as `generate`.
-        """
-        plan = await asyncio.to_thread(self._plan_encode, fields)
-        with _whose("latents" if plan.pixels is None else "images"):
-            outcome = await self._run(lambda: plan.build(self.model), plan.n, plan.cost)
-            if not bool(torch.isfinite(outcome.value).all()):
-                raise NotFinite("the solver came to a value that is not finite")
+    def _encoded(self, plan: EncodingPlan, outcome: Outcome[Tensor]) -> dict[str, Any]:
+        if not bool(torch.isfinite(outcome.value).all()):
+            raise NotFinite("the solver came to a value that is not finite")
         if plan.pixels is None:
-            made = [{"b64_json": encoded} for encoded in await asyncio.to_thread(_encoded, outcome.value)]
+            made = [{"b64_json": encoded} for encoded in _pngs(outcome.value)]
         else:
             made = [{"latent": _floats(latent), "shape": list(latent.shape)} for latent in outcome.value]
         echo = self.model.conditioner.echo
@@ -268,54 +268,38 @@ class Service:
         how = {"sampler": plan.how.sampler, "steps": plan.how.steps, "dtype": "float32-le"}
         return {"object": "list", "data": data, **self._lineage(0, outcome), **how}
 
-    async def price(self, method: str, *arguments: Any) -> int:
-        """Cost units (images x network evaluations x pixels) that `generate`, `likelihood` or `encode` is expected to
-        take with these arguments.
+    # --- all of them ----------------------------------------------------------------------------------------------
 
-        Raises:
-            RequestError: as the call itself.
-        """
-        plan = await asyncio.to_thread(getattr(self, f"_plan_{method}"), *arguments)
-        return plan.cost * self.model.config.size**2
-
-    async def _planned(self, fields: Mapping[str, Any], seed: int) -> GenerationPlan:
+    async def _planned(self, asked: Call) -> Plan:
         """At once, so that a full queue is told at once; in a thread where there is an image to decode."""
-        if "image" in fields:
-            return await asyncio.to_thread(self._plan_generate, fields, seed)
-        return self._plan_generate(fields, seed)
+        if isinstance(asked, GenerationRequest) and asked.image is None:
+            return self._plan(asked)
+        return await asyncio.to_thread(self._plan, asked)
 
-    def _plan_generate(self, fields: Mapping[str, Any], seed: int) -> GenerationPlan:
-        return plan_generation(self._for_us(parse_body(GenerationRequest, fields)), self.model, self._limits(), seed)
+    def _plan(self, asked: Call) -> Plan:
+        self._check_name(asked.model)
+        match asked:
+            case GenerationRequest():
+                return plan_generation(asked, self.model, self._limits(), asked.seed or 0)
+            case EncodingRequest():
+                return plan_encoding(asked, self.model, self._limits())
+            case ScoringRequest():
+                return plan_likelihood(asked, asked.files, self.model, self._limits(), asked.seed or 0)
 
-    def _plan_likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> LikelihoodPlan:
-        request = self._for_us(parse_body(LikelihoodOptions, fields))
-        return plan_likelihood(request, encoded, self.model, self._limits(), seed)
-
-    def _plan_encode(self, fields: Mapping[str, Any]) -> EncodingPlan:
-        return plan_encoding(self._for_us(parse_body(EncodingRequest, fields)), self.model, self._limits())
-
-    # --- both -----------------------------------------------------------------------------------------------------
-
-    async def _run(
-        self,
-        build: Callable[[], Procedure[Any]],
-        rows: int,
-        cost: int,
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> Outcome[Any]:
+    async def _run(self, plan: Plan, on_progress: Callable[[Progress], None] | None = None) -> Outcome[Any]:
         """Through the engine; cancelling the awaiting task cancels the request."""
+
+        def build() -> Procedure[Any]:
+            return plan.build(self.model)
+
         deadline_s = self.config.deadline_s
-        future = self.engine.submit(build, rows=rows, cost=cost, deadline_s=deadline_s, on_progress=on_progress)
+        future = self.engine.submit(build, rows=plan.n, cost=plan.cost, deadline_s=deadline_s, on_progress=on_progress)
         return await asyncio.wrap_future(future)
 
     def _limits(self) -> ServingConfig:
         """The configured ones, and no more than the engine at its best does until a request's deadline."""
         able = int(self.engine.load().best_rows_per_s * self.config.deadline_s) * self.model.config.size**2
         return replace(self.config, max_request_cost=max(1, min(self.config.max_request_cost, able)))
-
-    def _for_us(self, request: B) -> B:
-        self._check_name(request.model)
-        return request
 
     def _check_name(self, name: str | None) -> None:
         if not self.identity.answers_to(name):
@@ -345,7 +329,7 @@ def _whose(field: str) -> Iterator[None]:
         raise RequestError(f"{error}: choose less extreme {field}", field, code="not_finite") from error
 
 
-def _encoded(x: Tensor) -> list[str]:
+def _pngs(x: Tensor) -> list[str]:
     """Base64 PNG of each image of (n, C, H, W) in model space."""
     pixels = to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
     return [base64.b64encode(codecs.encode_png(np.ascontiguousarray(each))).decode() for each in pixels]

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse, Response
 
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.rate_limits import RateLimits
+from pipeline.serving.requests import Call, GenerationRequest
 from pipeline.web.guard import Metrics
 
 LINEAGE = ("model", "model_version", "model_digest", "seed", "evaluations", "row_evaluations", "queued_s", "run_s")
@@ -20,15 +21,11 @@ class Backend(Protocol):
 
     async def describe(self, model: str | None = None) -> dict[str, Any]: ...
 
-    async def price(self, method: str, *arguments: Any) -> int: ...
+    async def price(self, asked: Call) -> int: ...
 
-    async def generate(self, fields: Mapping[str, Any], seed: int) -> dict[str, Any]: ...
+    async def answer(self, asked: Call) -> dict[str, Any]: ...
 
-    def stream(self, fields: Mapping[str, Any], seed: int) -> AsyncGenerator[dict[str, Any], None]: ...
-
-    async def likelihood(self, fields: Mapping[str, Any], encoded: list[bytes], seed: int) -> dict[str, Any]: ...
-
-    async def encode(self, fields: Mapping[str, Any]) -> dict[str, Any]: ...
+    def stream(self, asked: GenerationRequest) -> AsyncGenerator[dict[str, Any], None]: ...
 
 
 class Gateway:
@@ -38,10 +35,10 @@ class Gateway:
         self.backend, self.config, self.metrics = backend, config, metrics
         self.quotas = RateLimits(config.key_quota, config.ingress_replicas)
 
-    async def charge(self, request: Request, method: str, *arguments: Any) -> None:
+    async def charge(self, request: Request, asked: Call) -> None:
         """Raises Refused where the key's quota is spent."""
         if self.config.key_quota:
-            self.quotas.charge(request.state.key, await self.backend.price(method, *arguments))
+            self.quotas.charge(request.state.key, await self.backend.price(asked))
 
     def ran(self, request: Request, answer: Mapping[str, Any]) -> None:
         """An answer is complete: its stages are counted, its lineage goes into the line of the log."""
@@ -49,7 +46,9 @@ class Gateway:
             self.metrics.ran(answer)
         request.state.lineage = {name: answer[name] for name in LINEAGE if name in answer}
 
-    def answer(self, request: Request, body: dict[str, Any]) -> Response:
-        """The body with its trace id."""
+    async def answer(self, request: Request, asked: Call) -> Response:
+        """The backend's, with its trace id."""
+        await self.charge(request, asked)
+        body = await self.backend.answer(asked)
         self.ran(request, body)
         return JSONResponse({**body, "trace_id": request.state.trace_id})

@@ -19,6 +19,7 @@ from pipeline.serving.requests import (
     GenerationRequest,
     LikelihoodOptions,
     LikelihoodRequest,
+    ScoringRequest,
     decode_base64,
     parse_body,
 )
@@ -118,13 +119,13 @@ def add_generation(app: FastAPI, door: Gateway) -> None:
     async def generations(request: Request) -> Response:
         with refusing(request):
             asked = await _json(request, GenerationRequest, door)
-            fields = asked.model_dump(exclude_defaults=True)
             after = last_event(request, asked)
-            seed = secrets.randbelow(LARGEST_SEED + 1) if asked.seed is None else asked.seed
-            await door.charge(request, "generate", fields, seed)
+            if asked.seed is None:  # here, so that whoever answers, again too, has the same one
+                asked = asked.model_copy(update={"seed": secrets.randbelow(LARGEST_SEED + 1)})
             if not asked.stream:
-                return door.answer(request, await door.backend.generate(fields, seed))
-            events = unseen(door.backend.stream(fields, seed), after)
+                return await door.answer(request, asked)
+            await door.charge(request, asked)
+            events = unseen(door.backend.stream(asked), after)
             first = await anext(events)  # what is refused at once is refused with its own status
         return EventStream(sent_events(first, events, request, door))
 
@@ -147,15 +148,13 @@ def add_likelihood(app: FastAPI, door: Gateway) -> None:
             body = await read_body(request, door.config.max_request_bytes)
             if media_type(request) == "application/json":
                 asked = parse_body(LikelihoodRequest, as_json(body))
-                encoded = decode_base64(asked.images)
+                files = decode_base64(asked.images)
             else:
-                fields, encoded = parse_form(request.headers["content-type"], body)
+                fields, files = parse_form(request.headers["content-type"], body)
                 asked = parse_body(LikelihoodOptions, fields)
-                if not encoded:
+                if not files:
                     raise RequestError("no file was sent as 'images'", "images", code="missing_parameter")
-            fields = asked.model_dump(exclude_defaults=True, exclude={"images"})
-            await door.charge(request, "likelihood", fields, encoded, asked.seed or 0)
-            return door.answer(request, await door.backend.likelihood(fields, encoded, asked.seed or 0))
+            return await door.answer(request, ScoringRequest.of(asked, files))
 
 
 def add_encoding(app: FastAPI, door: Gateway) -> None:
@@ -169,10 +168,7 @@ def add_encoding(app: FastAPI, door: Gateway) -> None:
     )
     async def encodings(request: Request) -> Response:
         with refusing(request):
-            asked = await _json(request, EncodingRequest, door)
-            fields = asked.model_dump(exclude_defaults=True)
-            await door.charge(request, "encode", fields)
-            return door.answer(request, await door.backend.encode(fields))
+            return await door.answer(request, await _json(request, EncodingRequest, door))
 
 
 async def _json(request: Request, kind: type[Asked], door: Gateway) -> Asked:

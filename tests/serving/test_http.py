@@ -22,6 +22,7 @@ from pipeline.serving.config import ServingConfig
 from pipeline.serving.logs import JsonLines
 from pipeline.serving.rate_limits import RateLimits
 from pipeline.serving.refusals import Refused, RequestError
+from pipeline.serving.requests import GenerationRequest, parse_body
 from pipeline.serving.service import Identity, Service
 from pipeline.web.app import make_app
 
@@ -83,7 +84,7 @@ def test_what_the_deadline_leaves_no_time_for_is_refused_before_a_step(tiny: Mod
     service = Service(tiny, ServingConfig(model="tiny", deadline_s=0.1), Identity("tiny", "1", tiny.digest))
     calls = service.engine.load().calls
     with pytest.raises(RequestError, match=r"done here in 0\.1 s\); .* jobs\.sample RUN_FILE --images 64"):
-        asyncio.run(service.generate({"n": 64, "steps": 1000}, 0))
+        asyncio.run(service.answer(parse_body(GenerationRequest, {"n": 64, "steps": 1000})))
     assert service.engine.load().calls == calls
     service.close()
 

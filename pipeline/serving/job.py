@@ -101,7 +101,7 @@ class OpenQueries:
         while heap and rows:
             job = heapq.heappop(heap)[2]
             query = job.query
-            if job.over or query is None:
+            if query is None:  # it has ended since
                 continue
             count = min(rows, query.rows - job.answered)
             taken.append((job, query.part(job.answered, count)))

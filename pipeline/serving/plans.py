@@ -170,7 +170,9 @@ def _sample_command(
 ) -> str:
     """What makes the images of a request that is too large for one answer; the same ones, where it has one class for
     all and no image to start from."""
-    one = model.conditioner.echo(_asked(request, request.n, model), 0)
+    listed = [len(value) for value in _fields(request).values() if isinstance(value, list)]
+    few = min(request.n, max([1, *listed]))  # n is what the request says, and may be a thousand millions
+    one = model.conditioner.echo(_asked(request, few, model), 0)
     asked = f" --{model.conditioner.kind.asked_as}={_told(one)}" if model.conditioner.names else ""
     how: dict[str, Any] = {"sampler": sampler, "steps": steps, "grid": request.grid, "guidance": request.guidance}
     if request.integer_steps:

@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import resource
 from typing import Any
 
 import httpx
@@ -134,6 +135,14 @@ def test_options_may_be_lists_and_formulas(tiny: Model) -> None:
 def asked(made: GenerationPlan) -> list[int]:
     assert made.conditioning.label is not None
     return made.conditioning.label.tolist()
+
+
+@pytest.mark.parametrize("fields", [{}, {"labels": 3}, {"prompt": "3"}, {"labels": [3, 4]}])
+def test_a_request_for_too_many_is_refused_without_room_for_them(tiny: Model, fields: dict[str, Any]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RequestError, match=r"at most 16 images a request, got 300000000; .* --labels="):
+        plan(tiny, n=300_000_000, **fields)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB; a number each takes 2.4 GB
 
 
 def test_a_prompt_is_a_class(tiny: Model) -> None:

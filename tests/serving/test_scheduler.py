@@ -74,7 +74,8 @@ class Clock:
 
     def run(self) -> None:
         while self.scheduler.jobs:
-            self.turn()
+            served, waited = self.turn(), self.scheduler.jobs
+            assert served or not waited, "somebody waits and nobody is served"
 
 
 def _unbuilt() -> Procedure[None]:

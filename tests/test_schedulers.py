@@ -4,13 +4,23 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from torch import Tensor
 
+from pipeline.backbones.interchange import from_diffusers
+from pipeline.backbones.words import Words
+from pipeline.diffusion.conditioning import Conditioning
+from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.procedure import drive
+from pipeline.diffusion.randomness import Noise
+from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.diffusion.schedule import Tabulated
 from pipeline.schedulers import read_scheduler
 
@@ -111,3 +121,68 @@ def test_too_many_steps_are_refused() -> None:
     scheduler = read_scheduler({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace"})
     with pytest.raises(ValueError, match="repeat a level"):
         scheduler.levels(1500)
+
+
+# --- sampled alike ----------------------------------------------------------------------------------------------------
+
+
+class Told(torch.nn.Module):
+    """A network with its words: what the denoiser asks."""
+
+    def __init__(self, network: torch.nn.Module, words: Words) -> None:
+        super().__init__()
+        self.network, self.words = network, words
+
+    def forward(self, z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.network(z, level, conditioning, self.words)
+
+
+SAMPLED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "ddim, leading": ("DDIMScheduler", {"clip_sample": False}, "ddim"),
+    "ddim, trailing": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, "ddim"),
+    "euler, linspace": ("EulerDiscreteScheduler", {}, "euler"),
+    "euler, leading": ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}, "euler"),
+    "dpm-solver++ 2m": ("DPMSolverMultistepScheduler", {}, "dpmpp_2m"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_network_told_words_is_sampled_as_by_diffusers(name: str, prediction: str) -> None:
+    """From the same latents, on the configuration's own time spacing."""
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()
+    architecture, weights = from_diffusers(
+        dict(unet.config) | {"_class_name": "UNet2DConditionModel"}, unet.state_dict()
+    )
+    network = architecture.build().eval()
+    network.load_state_dict(weights)
+    words, latents = Words(torch.randn(2, 6, 12)), torch.randn(2, 4, 8, 8)
+    kind, options, sampler = SAMPLED[name]
+    theirs = THEIRS[kind](**(STABLE_DIFFUSION | options | {"prediction_type": prediction}))
+    # a number that divides the table: else diffusers' DDIM moves to a level other than the one it asks next
+    read, steps = read_scheduler(config_of(theirs)), 10
+    theirs.set_timesteps(steps)
+    z = latents * theirs.init_noise_sigma
+    for at in theirs.timesteps:
+        output = unet(theirs.scale_model_input(z, at), at, words.states).sample
+        z = theirs.step(output, at, z).prev_sample
+
+    law = read.law()
+    denoiser = Denoiser(Told(network, words), law, Parameterization(read.prediction, read.scaling), level="step_index")
+    gammas = read.levels(steps)
+    start = latents.double() * theirs.init_noise_sigma
+    if kind != "EulerDiscreteScheduler":  # Euler's latents are already z / alpha
+        start = start * torch.sqrt(1 + torch.exp(gammas[0]))
+    ours = drive(SAMPLERS[sampler].procedure(start, gammas, Noise(range(2)), Conditioning()), denoiser)
+    assert float((ours - z).abs().max()) < 1e-4 * float(z.abs().max())

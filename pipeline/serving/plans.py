@@ -262,7 +262,7 @@ def plan_likelihood(
 def _decoded(data: bytes, name: str, policy: str, model: Model, config: ServingConfig) -> Tensor:
     limits = headers.Limits(bytes=config.max_request_bytes, pixels=config.max_image_pixels)
     try:
-        pixels = codecs.decode(data, model.config.channels, limits)
+        pixels = codecs.decode(data, model.config.channels, limits, plain=True)
     except ValueError as error:
         raise RequestError(f"{name}: {error}", name.partition("[")[0]) from None
     side = model.config.size

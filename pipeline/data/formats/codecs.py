@@ -7,8 +7,9 @@ fastest at hand: PNG by `png`, JPEG by simplejpeg straight into place (1.5 times
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.choose import choose
 from pipeline.data.formats import png
-from pipeline.data.formats.headers import Limits, probe
+from pipeline.data.formats.headers import OTHERS, Limits, probe
 from pipeline.data.formats.png import encode as encode_png
 
 if TYPE_CHECKING:  # the readers' processes never load torch
@@ -37,16 +38,24 @@ class DecodeError(ValueError):
         self.index, self.reason = index, reason
 
 
-def decode(data: bytes, channels: int, limits: Limits = Limits()) -> UInt8s:
+def decode(data: bytes, channels: int, limits: Limits = Limits(), plain: bool = False) -> UInt8s:
     """Encoded bytes -> (height, width, channels) uint8, upright (EXIF orientation applied), grey (1) or RGB (3);
     transparency is laid on white.
+
+    Args:
+        plain: only jpg, png and webp of 8 bits a channel. Else others too: the first frame of an animation, CMYK by
+            its profile, 16 bits as v / 257, BMP, GIF, TIFF, AVIF.
 
     Raises:
         ValueError: as `probe`, or the decoder refused.
     """
     header = probe(data, limits)
-    if header.alpha:
-        return _decode_alpha(data, channels)
+    if plain and header.special:
+        raise ValueError(f"{header.format}: {header.special}; give a jpg, png or webp of 8 bits a channel, one frame")
+    if header.deep:
+        return _in_channels(_decode_deep(data), channels)
+    if header.alpha or header.special or header.turned:
+        return _decode_special(data, channels)
     buffer = np.frombuffer(data, dtype=np.uint8)
     pixels = _imdecode(buffer, cv2.IMREAD_GRAYSCALE if header.grey else cv2.IMREAD_COLOR_RGB)
     if pixels.shape[:2] not in ((header.height, header.width), (header.width, header.height)):
@@ -145,21 +154,80 @@ def _in_channels(pixels: UInt8s, channels: int) -> UInt8s:
     return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if pixels.ndim == 2 else pixels  # pyright: ignore[reportReturnType]
 
 
-def _decode_alpha(data: bytes, channels: int) -> UInt8s:
-    """The rare images with transparency, by Pillow: OpenCV forgets either the orientation or a grey image's
-    transparent level.
+def _decode_special(data: bytes, channels: int) -> UInt8s:
+    """The rare images with transparency, in CMYK, animated (the first frame) or of a rare format, by Pillow: OpenCV
+    forgets either the orientation or a grey image's transparent level.
     """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "WEBP")) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # of odd metadata, and of a size that we limit ourselves
+            upright = ImageOps.exif_transpose(image)
+            rgba = (_cmyk_to_rgb(upright, image) if image.mode == "CMYK" else upright).convert("RGBA")
+    except Exception as error:  # Pillow's readers raise whatever they stumble over in damaged bytes
         raise ValueError(f"the decoder refused: {error}") from None
-    white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
-    return _in_channels(np.asarray(Image.alpha_composite(white, upright).convert("RGB")), channels)
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return _in_channels(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")), channels)
 
 
+def _cmyk_to_rgb(image: Any, opened: Any) -> Any:
+    """By the profile of a CMYK image, else by R = (1 - C)(1 - K). Pillow takes every CMYK JPEG for an inverted one, as
+    Adobe writes them; without Adobe's mark they are not.
+    """
+    from PIL import ImageChops, ImageCms
+
+    if opened.format == "JPEG" and "adobe" not in opened.info:
+        image = ImageChops.invert(image)
+    if opened.info.get("icc_profile"):
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(opened.info["icc_profile"]))
+            made = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return image.convert("RGB") if made is None else made
+        except (ImageCms.PyCMSError, OSError):  # a damaged profile, or one of another colour space
+            pass
+    return image.convert("RGB")
+
+
+def _decode_deep(data: bytes) -> UInt8s:
+    """16 bits a channel: the level v / 257, rounded; transparency on white. Pillow only says which way is up."""
+    from PIL import Image
+
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ValueError(f"the decoder refused: {error}") from None
+    if pixels is None or pixels.dtype != np.uint16:
+        raise ValueError("the decoder refused: 16 bits a channel in a form that it does not know")
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            warnings.simplefilter("ignore")
+            size, orientation = image.size, image.getexif().get(0x112, 1)
+    except Exception as error:  # as above
+        raise ValueError(f"the decoder refused: {error}") from None
+    if pixels.shape[1::-1] != size:
+        raise ValueError(f"the decoder found {pixels.shape[1::-1]} pixels, the header said {size}")
+    levels = pixels.reshape(*pixels.shape[:2], -1)
+    if levels.shape[2] in (2, 4):
+        alpha = levels[:, :, -1:].astype(np.uint64)
+        opaque = levels[:, :, :-1].astype(np.uint64)
+        levels = ((opaque * alpha + 65535 * (65535 - alpha) + 32767) // 65535).astype(np.uint16)
+    made = ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, ::-1]  # OpenCV's order is blue first
+    upright = np.ascontiguousarray(UPRIGHT.get(orientation, UPRIGHT[1])(made))
+    return upright[:, :, 0] if upright.shape[2] == 1 else upright
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", *OTHERS)
+UPRIGHT: dict[int, Callable[[UInt8s], UInt8s]] = {  # EXIF's orientations
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels[::-1].transpose(1, 0, 2),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: pixels[:, ::-1].transpose(1, 0, 2),
+}
 _FULL_COLOUR = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)  # colour at every pixel
 LOSSLESS_WEBP = 101  # OpenCV: above 100
 

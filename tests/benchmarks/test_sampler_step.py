@@ -7,10 +7,14 @@ scaling and decoding, as diffusers' steps have them; 'whole' adds the driver wit
 all but a network that returns a fixed tensor. Setting up the grid is spread over the steps on both sides.
 """
 
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -27,7 +31,7 @@ from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.sampling.grids import grid
 from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.diffusion.schedule import LinearBeta
-from tests.diffusion.test_sampler_equivalence import LINEAR, diffusers, k_diffusion_sampling
+from tests.diffusion.test_sampler_equivalence import LINEAR, diffusers
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")]
 
@@ -42,6 +46,32 @@ PEERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
 }
 Clocked = Callable[[], float]
+
+
+def k_diffusion_sampling() -> Any:
+    """Its file of samplers alone."""
+    try:
+        files = importlib.metadata.files("k-diffusion") or []
+        importlib.import_module("torchsde")
+    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError):
+        pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion torchsde trampoline")
+    path = next(str(file.locate()) for file in files if str(file) == "k_diffusion/sampling.py")
+    package, utils = types.ModuleType("k_diffusion"), types.ModuleType("k_diffusion.utils")
+    package.__path__ = []
+    vars(utils)["append_dims"] = lambda x, dims: x[(...,) + (None,) * (dims - x.ndim)]
+    vars(package)["utils"] = utils
+    spec = importlib.util.spec_from_file_location("k_diffusion.sampling", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    names = {"k_diffusion": package, "k_diffusion.utils": utils, "k_diffusion.sampling": module}
+    sys.modules.update(names)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for name in names:
+            sys.modules.pop(name)
+    return module
 
 
 class Fixed(nn.Module):

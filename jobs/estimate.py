@@ -14,7 +14,7 @@ from pipeline.config import RunConfig
 from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
-from pipeline.model import build
+from pipeline.model import build, space_of
 from pipeline.training.step import Place, TrainingModule, backward
 
 ROUNDS = 3
@@ -45,13 +45,14 @@ def estimate(config: RunConfig) -> Estimate:
         denoiser,
         build_choice(OBJECTIVES, config.objective, "objective"),
         numbered(config.model.condition, config.model.classes),
+        space_of(config.model),
         autocast,
     )
     size = config.stream.shard_batch
     if gpus and device.type == "cpu":
         size = min(size, ROWS_WITHOUT_GPU)
     labels, tags = torch.zeros(size, dtype=torch.int64), torch.zeros(size, config.model.classes, dtype=torch.uint8)
-    images = torch.randint(256, (size, *config.model.shape), dtype=torch.uint8)
+    images = torch.randint(256, (size, *config.model.image_shape), dtype=torch.uint8)
     batch = Batch(0, 0, images, labels, torch.arange(size), tags)
     keys = [StepKey(config.seed, 0, 0, config.stream.logical_shards)]
     saved: dict[int, int] = {}

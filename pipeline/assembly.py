@@ -18,10 +18,9 @@ from pipeline.data.sets.manifest import load as load_manifest
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.likelihood.estimators import Likelihood
 from pipeline.diffusion.objectives.objective import OBJECTIVES
-from pipeline.diffusion.pixels import to_model
 from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import key_seed
-from pipeline.model import Model, ModelConfig, Scoring, build, save
+from pipeline.model import Model, ModelConfig, Scoring, build, save, space_of
 from pipeline.training.checkpoint import STATE, committed, folder, newest
 from pipeline.training.events import Event, Finished
 from pipeline.training.loop import RunError, train
@@ -87,6 +86,7 @@ def assemble(
         denoiser=denoiser,
         objective=build_choice(OBJECTIVES, config.objective, "objective"),
         conditioner=numbered(config.model.condition, config.model.classes),
+        space=space_of(config.model),
         open_batches=lambda step: open_stream(
             config.stream, manifest, place.shards(config.stream.logical_shards), step
         ),
@@ -153,9 +153,9 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def fits(model: ModelConfig, manifest: Manifest) -> None:
     """Raises RunError where the shard set has not what the model takes."""
-    if manifest.image.shape != model.shape:
+    if manifest.image.shape != model.image_shape:
         raise RunError(
-            f"model takes images of (channels, height, width) {model.shape}, the shard set at {manifest.url} has "
+            f"model takes images of (channels, height, width) {model.image_shape}, the shard set at {manifest.url} has "
             f"{manifest.image.shape}: change model.size and model.channels, or shard it anew"
         )
     names = names_of(model, manifest)
@@ -213,7 +213,7 @@ class Held:
             told = model.conditioner.of(self.images)[rows]
             seen: list[tuple[Tensor, Tensor]] = []
             scoring = model.scoring(self.images.images[rows], seeds, told, how)
-            scoring = _watched(scoring, to_model(self.images.images[rows].to(model.device)), seen)
+            scoring = _watched(scoring, model.space.encode(self.images.images[rows].to(model.device)), seen)
             found.bits_per_dim[rows] = drive(scoring, model.networks).bits_per_dim.double().cpu()
             found.gamma[rows], found.error[rows] = (torch.cat(columns, 1).cpu() for columns in zip(*seen, strict=True))
         return found

@@ -127,7 +127,7 @@ def start_from(network: nn.Module, config: ModelConfig, folder: str) -> None:
 def _same(a: nn.Module, b: nn.Module, config: ModelConfig) -> bool:
     """Whether two networks of the same weights agree: options such as a norm's epsilon change no shape."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2, *config.shape, generator=generator)
+    z = torch.randn(2, *config.image_shape, generator=generator)
     level = torch.tensor([3.0, 700.0])
     label = Conditioning(torch.zeros(2, dtype=torch.int64)) if config.classes else Conditioning()
     modes = a.training, b.training

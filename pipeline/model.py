@@ -25,9 +25,9 @@ from pipeline.conditioner import KINDS, NAMES_OF, Conditioner, numbered
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.guidance import autoguidance, classifier_free
-from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood, PixelGrid
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood
 from pipeline.diffusion.parameterization import Parameterization
-from pipeline.diffusion.pixels import FIRST_LEVEL, PIXEL_BIN, to_model, to_pixels
+from pipeline.diffusion.pixels import Pixels
 from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import Noise, key_seed
 from pipeline.diffusion.sampling.encode import ENCODERS
@@ -35,10 +35,10 @@ from pipeline.diffusion.sampling.grids import explicit_grid, grid, integer_grid
 from pipeline.diffusion.sampling.samplers import SAMPLERS, prior
 from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import SCHEDULES
+from pipeline.diffusion.space import Space
 
 FILES = ("model.safetensors", "config.json", "card.json")
 SCORED_TOGETHER = 16  # rows of every network call of a score: so its bits do not depend on what is scored beside it
-PIXELS = PixelGrid(levels=256, first=FIRST_LEVEL, bin=PIXEL_BIN)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,14 @@ class ModelConfig:
         choose(KINDS, self.condition, "model.condition")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         return self.channels, self.size, self.size
+
+
+def space_of(config: ModelConfig) -> Space:
+    """What a model of this configuration diffuses."""
+    return Pixels(config.image_shape)
 
 
 def build(config: ModelConfig) -> Denoiser:
@@ -161,6 +167,7 @@ class Model:
         guide: Denoiser | None = None,
     ) -> None:
         self.config = config
+        self.space = space_of(config)
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.card = dict(card or {})
         self.digest = digest
@@ -230,13 +237,15 @@ class Model:
             if how.sampler == "adaptive":
                 raise ValueError("integer_steps: sampler 'adaptive' asks wherever its error leads it; choose another")
             process = replace(process, nodes=self.denoiser.schedule.table)  # pyright: ignore[reportAttributeAccessIssue]
-        shape = (len(seeds), *self.config.shape)
+        shape = (len(seeds), *self.space.shape)
         if init is not None:
             if not 0 < strength <= 1:
                 raise ValueError(f"strength must lie in (0, 1], got {strength}")
             levels = levels[len(levels) - max(1, round(strength * len(levels))) :]
             y = noise.normal_(torch.empty(shape, device=self.device)).mul_(math.exp(float(levels[0]) / 2))
-            y += self._clean(init, len(seeds))
+            if len(init) != len(seeds):
+                raise ValueError(f"init: need one image a seed, {len(seeds)}, got {len(init)}")
+            y += self.clean(init)
         elif latents is not None:
             y = latents.to(self.device, torch.float32).contiguous() * self._latent_unit(levels)
             if y.shape != shape:
@@ -269,21 +278,21 @@ class Model:
         levels = self.levels(how)
         self.denoiser.process.check_levels(levels)
         conditioning = self._told(conditioning, len(pixels))
-        up = encoder(self._clean(pixels, len(pixels)), levels.flip(0), conditioning, **how.options)
+        up = encoder(self.clean(pixels), levels.flip(0), conditioning, **how.options)
         return _scaled(up, 1 / self._latent_unit(levels))
 
     def _latent_unit(self, levels: Tensor) -> float:
         """Standard deviation of the prior at the highest level."""
         return math.sqrt(prior_variance(self.denoiser.process.scaling, float(levels[0])))
 
-    def _clean(self, pixels: Tensor, n: int) -> Tensor:
-        """uint8 images (n, C, H, W) in model space, in plain order: what an image scores or becomes does not depend on
-        how it lay in memory (channels_last from our shards and from files, not from an array).
+    def clean(self, pixels: Tensor) -> Tensor:
+        """uint8 images (n, C, H, W) as z, float32 (n, *space.shape), in plain order: what an image scores or becomes
+        does not depend on how it lay in memory (channels_last from our shards and from files, not from an array).
+
+        Raises:
+            ValueError: pixels of another type or shape.
         """
-        if pixels.dtype != torch.uint8 or pixels.shape != (n, *self.config.shape):
-            shape = ", ".join(map(str, self.config.shape))
-            raise ValueError(f"images must be uint8 ({n}, {shape}), got {pixels.dtype} {tuple(pixels.shape)}")
-        return to_model(pixels.to(self.device).contiguous())
+        return self.space.encode(pixels.to(self.device).contiguous())
 
     def scoring(
         self,
@@ -294,12 +303,14 @@ class Model:
     ) -> Procedure[Likelihood]:
         """The procedure that scores uint8 images (n, C, H, W); image i's estimate depends on seeds[i] alone."""
         how = how or Scoring()
-        x = self._clean(pixels, len(pixels))
+        if self.space.grid is None:
+            raise ValueError("this model works on no grid of grey levels: its images have no likelihood")
+        x = self.clean(pixels)
         estimator = choose(ESTIMATORS, how.estimator, "estimator")
         options = self.scoring_options(how)
         conditioning = self._told(conditioning, len(pixels))
         noise = Noise(seeds, self.device)
-        return estimator(x, self.denoiser.process, noise, conditioning, pixels=PIXELS, **options)
+        return estimator(x, self.denoiser.process, noise, conditioning, pixels=self.space.grid, **options)
 
     def scoring_options(self, how: Scoring) -> dict[str, Any]:
         """The estimator's options, completed by what this model says of itself.
@@ -356,7 +367,7 @@ class Model:
     def sampled(self, conditioning: Conditioning, n: int, how: Sampling | None = None, seed: int = 0) -> Tensor:
         """As `sample`, of what `conditioning` asks."""
         seeds = [key_seed("sample", seed, index) for index in range(n)]
-        return to_pixels(drive(self.sampling(seeds, conditioning, how), self.networks)).cpu()
+        return self.space.decode(drive(self.sampling(seeds, conditioning, how), self.networks)).cpu()
 
     def bits_per_dim(
         self,

@@ -16,10 +16,11 @@ from pipeline.backbones.published import PUBLISHED
 from pipeline.choose import build as build_choice
 from pipeline.conditioner import numbered
 from pipeline.config import RunConfig, load_config
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.randomness import StepKey
 from pipeline.evaluation.config import EvaluationConfig
-from pipeline.model import Model, Sampling, Scoring, build
+from pipeline.model import Model, Sampling, Scoring, build, space_of
 from pipeline.training.step import TrainingModule
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
@@ -38,14 +39,17 @@ def test_a_step_lowers_the_loss_and_the_model_samples_and_scores(path: Path) -> 
     torch.manual_seed(0)
     denoiser = build(config.model)
     module = TrainingModule(
-        denoiser, build_choice(OBJECTIVES, config.objective, "objective"), numbered("labels", config.model.classes)
+        denoiser,
+        build_choice(OBJECTIVES, config.objective, "objective"),
+        numbered("labels", config.model.classes),
+        space_of(config.model),
     )
     optimizer = torch.optim.Adam(denoiser.parameters(), 2e-3)
-    pixels = torch.full((16, *config.model.shape), 200, dtype=torch.uint8)  # what can be learnt in a few steps
-    labels = torch.arange(16) % 10
+    pixels = torch.full((16, *config.model.image_shape), 200, dtype=torch.uint8)  # what can be learnt in a few steps
+    told = Conditioning(torch.arange(16) % 10) if config.model.classes else Conditioning()
     losses = []
     for step in range(12):
-        loss = module(pixels, labels, StepKey(0, step, 0, 1)).per_image.mean()
+        loss = module(pixels, told, StepKey(0, step, 0, 1)).per_image.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -57,7 +61,7 @@ def test_a_step_lowers_the_loss_and_the_model_samples_and_scores(path: Path) -> 
     how = config.evaluation.sampling
     few = Sampling(how.sampler, 5, how.grid, None, 1.0, how.options)
     made = model.sample(2, few, labels=[1, 2])
-    assert made.shape == (2, *config.model.shape)
+    assert made.shape == (2, *config.model.image_shape)
     for estimator, options in config.evaluation.estimators.items():
         found = model.bits_per_dim(pixels[:2], Scoring(estimator, {**options, **FEW[estimator]}), labels=[1, 2])
         assert torch.isfinite(found.bits_per_dim).all()

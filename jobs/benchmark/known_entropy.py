@@ -36,7 +36,7 @@ from pipeline.diffusion.procedure import Answerer, drive
 from pipeline.diffusion.randomness import Noise, StepKey, key_seed, keyed_generator
 from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import SCHEDULES
-from pipeline.model import ModelConfig, build
+from pipeline.model import ModelConfig, build, space_of
 from pipeline.training.ema import EMA, decay
 from pipeline.training.optim import AdamW, clip_scale, gradient_norm, learning_rate
 from pipeline.training.step import TrainingModule
@@ -96,14 +96,14 @@ def train(field: QuantisedField, how: Training, progress: Progress = _silent) ->
     count = sum(p.numel() for p in denoiser.parameters())
     if count > PARAMETERS:
         raise AssertionError(f"the network has {count} parameters, more than {PARAMETERS}")
-    module = TrainingModule(denoiser, OBJECTIVES["vlb"](), numbered("labels", 0))
+    module = TrainingModule(denoiser, OBJECTIVES["vlb"](), numbered("labels", 0), space_of(MODEL))
     optimizer = AdamW(module.named_parameters(), (0.9, 0.99), 0.01)
     average = EMA(denoiser)
     recent = 0.0
     for step in range(math.ceil(how.images / BATCH)):
         seen = (step + 1) * BATCH
         images = field.sample(BATCH, keyed_generator("known-entropy", "train", how.seed, step))
-        loss = module(images, None, StepKey(how.seed, step, 0, 1)).per_image.mean()
+        loss = module(images, Conditioning(), StepKey(how.seed, step, 0, 1)).per_image.mean()
         optimizer.zero_grad()
         loss.backward()
         scale = clip_scale(gradient_norm(optimizer.gradients()), how.clip_norm)

@@ -28,6 +28,7 @@ from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.pixels import Pixels
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.training import hardware
@@ -238,6 +239,7 @@ def our_loop(args: Namespace) -> Contestant:
         Denoiser(network, SCHEDULES["linear_beta"](), Parameterization("eps", "vp"), level="step_index"),
         OBJECTIVES["weighted"](),
         numbered("labels", architecture.classes),
+        Pixels((architecture.channels, architecture.size, architecture.size)),
         lambda step: Endless(given),
         args.batch,
         logical_shards=1,

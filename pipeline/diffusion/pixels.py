@@ -6,13 +6,11 @@ dimension -log2 p(x) + log2(128), that is nats / ln 2 + 7, and 8-bit noise under
 """
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
-
-if TYPE_CHECKING:  # the readers' processes never load torch
-    from torch import Tensor
 
 GREY_LEVELS = 256
 PIXEL_BIN = 2.0 / GREY_LEVELS
@@ -22,12 +20,12 @@ LOG_VOLUME_NATS_PER_DIM = -math.log(
 )  # log 128: add to nats per dimension in x to get nats per dimension in pixels
 
 
-def to_model(u: "Tensor") -> "Tensor":
+def to_model(u: Tensor) -> Tensor:
     """Pixels uint8 of any shape -> model space float32, x = 2 (u + 0.5) / 256 - 1, exact."""
     return u.float().add_(0.5).mul_(PIXEL_BIN).sub_(1.0)
 
 
-def to_pixels(x: "Tensor") -> "Tensor":
+def to_pixels(x: Tensor) -> Tensor:
     """Model space, any float type and shape -> the nearest grey level as uint8; values beyond the range are clamped.
     Undoes `to_model` exactly.
     """
@@ -70,3 +68,30 @@ class PixelGrid:
                 f"space: a likelihood is that of an 8-bit image; convert it with `to_model`, add no noise"
             )
         return index.long()
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The trivial `Space`: z is the image itself, shape (C, H, W), its grey levels on `grid`."""
+
+    image_shape: tuple[int, int, int]
+    grid: PixelGrid = field(default_factory=PixelGrid)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.image_shape
+
+    def encode(self, pixels: Tensor, noise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """uint8 (n, C, H, W) -> float32, exact; nothing is drawn.
+
+        Raises:
+            ValueError: pixels of another type or shape.
+        """
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.image_shape:
+            shape = ", ".join(map(str, (len(pixels), *self.image_shape)))
+            raise ValueError(f"images must be uint8 ({shape}), got {pixels.dtype} {tuple(pixels.shape)}")
+        return to_model(pixels)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(n, C, H, W), any float type -> the nearest grey levels, uint8."""
+        return to_pixels(z)

@@ -77,6 +77,10 @@ class StepKey:
         """Draws of this logical shard alone."""
         return keyed_generator("train", purpose, self.seed, self.step, self.shard, device=device)
 
+    def normal(self, purpose: str) -> Callable[[Tensor], Tensor]:
+        """Standard normal draws of this logical shard alone, of a tensor's shape, type and device."""
+        return lambda like: torch.empty_like(like).normal_(generator=self.generator(purpose, like.device))
+
     def shared_generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Draws that every logical shard of the step agrees on (the offset of variance-reduced times)."""
         return keyed_generator("train-shared", purpose, self.seed, self.step, device=device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.diffusion.pixels import to_model
+from pipeline.diffusion.pixels import Pixels
 from pipeline.diffusion.randomness import key_seed, keyed_generator
 from pipeline.evaluation.statistics import Floats
 
@@ -75,7 +75,7 @@ def train_classifier(train: Labelled, classes: int, seed: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed("classifier", seed))
         net = Classifier(train.images.shape[1], train.images.shape[2], classes)
-    x, labels, n = to_model(train.images), train.labels, len(train.images)
+    x, labels, n = _values(train.images), train.labels, len(train.images)
     parameters = list(net.parameters())
     steps = min(max(EPOCHS * n // BATCH, STEPS[0]), STEPS[1])
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
@@ -91,18 +91,23 @@ def train_classifier(train: Labelled, classes: int, seed: int) -> Classifier:
     return net.eval().requires_grad_(False)
 
 
+def _values(images: Tensor) -> Tensor:
+    """uint8 (n, C, H, W) -> what the classifier sees."""
+    return Pixels((images.shape[1], images.shape[2], images.shape[3])).encode(images)
+
+
 def classifier_features(train: Labelled, held_out: Labelled, classes: int, seed: int) -> Features:
     """The classifier's last hidden layer."""
     net = train_classifier(train, classes, seed)
 
     @torch.no_grad()
     def extract(images: Tensor) -> Floats:
-        parts = [net.body(to_model(rows)) for rows in images.split(ROWS_AT_ONCE)]
+        parts = [net.body(_values(rows)) for rows in images.split(ROWS_AT_ONCE)]
         return torch.cat(parts).double().numpy()
 
     @torch.no_grad()
     def right() -> float:
-        found = torch.cat([net(to_model(rows)).argmax(1) for rows in held_out.images.split(ROWS_AT_ONCE)])
+        found = torch.cat([net(_values(rows)).argmax(1) for rows in held_out.images.split(ROWS_AT_ONCE)])
         return float((found == held_out.labels).double().mean())
 
     return Features(extract, f"last hidden layer ({WIDTH} units) of a classifier of the training images", right())

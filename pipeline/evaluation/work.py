@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood.estimate import Likelihood
-from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.procedure import drive
 from pipeline.diffusion.randomness import key_seed
 from pipeline.model import SCORED_TOGETHER, Model, Sampling, Scoring
@@ -31,7 +30,7 @@ class SampleWork:
 
     def run(self, model: Model) -> Tensor:
         """uint8 (n, C, H, W), on the CPU."""
-        return to_pixels(drive(model.sampling(self.seeds, self.conditioning, self.how), model.networks)).cpu()
+        return model.space.decode(drive(model.sampling(self.seeds, self.conditioning, self.how), model.networks)).cpu()
 
 
 @dataclass(frozen=True)

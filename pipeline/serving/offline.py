@@ -17,7 +17,6 @@ from pipeline.data.making.generated import ENCODING, GeneratedSet, write_slice
 from pipeline.data.making.slices import SliceDone
 from pipeline.data.sets.manifest import ImageSpec
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.randomness import key_seed
 from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import Model, Sampling
@@ -74,7 +73,7 @@ def sampled(
             x = future.result().value
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(f"sampler '{how.sampler}' came to a value that is not finite; change its options")
-            made.append(to_pixels(x).cpu())
+            made.append(model.space.decode(x).cpu())
     return np.ascontiguousarray(torch.cat(made).permute(0, 2, 3, 1).numpy())
 
 

@@ -215,10 +215,10 @@ def plan_encoding(request: EncodingRequest, model: Model, config: ServingConfig)
 
 
 def _latent(data: bytes, index: int, model: Model) -> Tensor:
-    expected = 4 * math.prod(model.config.shape)
+    expected = 4 * math.prod(model.space.shape)
     if len(data) != expected:
         raise RequestError(f"latents[{index}]: {len(data)} bytes, a latent of this model has {expected}", "latents")
-    latent = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(model.config.shape)
+    latent = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(model.space.shape)
     if not bool(torch.isfinite(latent).all()):
         raise RequestError(f"latents[{index}] has values that are not finite", "latents")
     if float(latent.abs().max()) > LARGEST_LATENT:
@@ -251,7 +251,7 @@ def plan_likelihood(
     conditioning = _asked(request, n, model)
     how = Scoring(request.estimator, options)
     completed = {k: default for k, (_, default) in known.items()} | model.scoring_options(how)
-    evaluations = scoring_evaluations(completed, math.prod(model.config.shape))
+    evaluations = scoring_evaluations(completed, math.prod(model.space.shape))
     _check_cost(n * evaluations, model, config, f"{n} images x {evaluations} network evaluations")
     pixels = torch.stack(
         [_decoded(data, f"images[{i}]", request.resize, model, config) for i, data in enumerate(encoded)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.procedure import Procedure
 from pipeline.model import Model, Sampling
 from pipeline.serving.engine import Engine
@@ -49,5 +48,5 @@ def self_test(engine: Engine, model: Model) -> SelfTest:
         raise ValueError("self-test: an image differs when other requests run beside it")
     if not bool(torch.isfinite(alone.value).all()):
         raise ValueError("self-test: the model made pixels that are not finite")
-    digest = hashlib.sha256(to_pixels(alone.value).cpu().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(model.space.decode(alone.value).cpu().numpy().tobytes()).hexdigest()
     return SelfTest(digest, time.perf_counter() - started)

@@ -19,7 +19,6 @@ from pipeline.conditioner import NAMES_OF
 from pipeline.data.formats import codecs
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood
-from pipeline.diffusion.pixels import to_pixels
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.sampling.encode import ENCODERS
 from pipeline.diffusion.sampling.grids import GRIDS
@@ -201,7 +200,7 @@ class Service:
             raise NotFinite("the sampler came to a value that is not finite")
         data = [
             {"b64_json": encoded, "index": index, **self.model.conditioner.echo(plan.conditioning, index)}
-            for index, encoded in enumerate(_pngs(outcome.value))
+            for index, encoded in enumerate(self._pngs(outcome.value))
         ]
         how = {"sampler": plan.how.sampler, "steps": plan.how.steps, "guidance": plan.how.guidance}
         side = self.model.config.size
@@ -212,7 +211,7 @@ class Service:
         x_hat = progress.x_hat
         if len(x_hat) == 2 * plan.n:  # a guided query asks conditional rows, then unconditional ones
             x_hat = torch.lerp(x_hat[plan.n :], x_hat[: plan.n], plan.how.guidance)
-        encoded = _pngs(x_hat)
+        encoded = self._pngs(x_hat)
         return {
             **self._event("image_generation.partial_image"),
             "b64_json": encoded[0],
@@ -220,6 +219,11 @@ class Service:
             "evaluations": progress.evaluations,
             "expected_evaluations": plan.evaluations,
         }
+
+    def _pngs(self, z: Tensor) -> list[str]:
+        """Base64 PNG of each of n images, as they came from the sampler."""
+        pixels = self.model.space.decode(z).permute(0, 2, 3, 1).cpu().numpy()
+        return [base64.b64encode(codecs.encode_png(np.ascontiguousarray(each))).decode() for each in pixels]
 
     def _event(self, kind: str) -> dict[str, Any]:
         side = self.model.config.size
@@ -260,7 +264,7 @@ class Service:
         if not bool(torch.isfinite(outcome.value).all()):
             raise NotFinite("the solver came to a value that is not finite")
         if plan.pixels is None:
-            made = [{"b64_json": encoded} for encoded in _pngs(outcome.value)]
+            made = [{"b64_json": encoded} for encoded in self._pngs(outcome.value)]
         else:
             made = [{"latent": _floats(latent), "shape": list(latent.shape)} for latent in outcome.value]
         echo = self.model.conditioner.echo
@@ -327,12 +331,6 @@ def _whose(field: str) -> Iterator[None]:
         if not field:
             raise
         raise RequestError(f"{error}: choose less extreme {field}", field, code="not_finite") from error
-
-
-def _pngs(x: Tensor) -> list[str]:
-    """Base64 PNG of each image of (n, C, H, W) in model space."""
-    pixels = to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
-    return [base64.b64encode(codecs.encode_png(np.ascontiguousarray(each))).decode() for each in pixels]
 
 
 def _spread(evaluations: int, wanted: int) -> set[int]:

@@ -48,7 +48,9 @@ class Learner:
         config = task.config
         self.task, self.config, self.place = task, config, task.place
         self.denoiser = laid_out(task.denoiser, task.place.device, config.compile != "none").train()
-        self.module = TrainingModule(self.denoiser, task.objective, task.conditioner, None, config.label_dropout)
+        self.module = TrainingModule(
+            self.denoiser, task.objective, task.conditioner, task.space, None, config.label_dropout
+        )
         self.ema = EMA(self.denoiser)
         self.optimizer = AdamW(self.denoiser.named_parameters(), config.betas, config.weight_decay)
         self.memory = task.objective if isinstance(task.objective, Remembers) else None

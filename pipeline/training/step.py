@@ -17,15 +17,15 @@ from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.loss import Loss, Objective, drop_condition
-from pipeline.diffusion.pixels import to_model
 from pipeline.diffusion.randomness import StepKey, key_seed
+from pipeline.diffusion.space import Space
 
 
 class TrainingModule(nn.Module):
     """Denoiser and objective as one forward, for DDP to wrap.
 
-    conditioner: what the network is told of an image; autocast: dtype of convolutions and products, None for float32;
-    label_dropout: share of images trained without it, for classifier-free guidance.
+    conditioner: what the network is told of an image; space: what it works on; autocast: dtype of convolutions and
+    products, None for float32; label_dropout: share of images trained untold, for classifier-free guidance.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class TrainingModule(nn.Module):
         denoiser: Denoiser,
         objective: Objective,
         conditioner: Conditioner,
+        space: Space,
         autocast: torch.dtype | None = None,
         label_dropout: float = 0.0,
     ) -> None:
@@ -40,6 +41,7 @@ class TrainingModule(nn.Module):
         self.denoiser = denoiser
         self.objective = objective
         self.conditioner = conditioner
+        self.space = space
         self.autocast = autocast
         self.label_dropout = label_dropout
 
@@ -48,7 +50,8 @@ class TrainingModule(nn.Module):
         if self.label_dropout:
             conditioning = drop_condition(conditioning, self.label_dropout, key)
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.objective.loss(self.denoiser, to_model(images), conditioning, key)
+            z = self.space.encode(images, key.normal("posterior"))
+            return self.objective.loss(self.denoiser, z, conditioning, key)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pipeline.conditioner import Conditioner
 from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.loss import Objective
+from pipeline.diffusion.space import Space
 from pipeline.training import hardware
 from pipeline.training.config import TrainingConfig
 from pipeline.training.restore import RunError
@@ -69,6 +70,7 @@ class Task:
     denoiser: Denoiser
     objective: Objective
     conditioner: Conditioner
+    space: Space
     open_batches: Callable[[int], Batches]
     batch_size: int
     logical_shards: int

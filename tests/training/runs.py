@@ -18,6 +18,7 @@ from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.objective import OBJECTIVES, DiscreteVLB, Objective
 from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.pixels import Pixels
 from pipeline.diffusion.randomness import keyed_generator
 from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.training import checkpoint
@@ -105,6 +106,7 @@ def task(
         denoiser=denoiser(width, schedule),
         objective=_objective(objective),
         conditioner=numbered("labels", CLASSES),
+        space=Pixels((1, SIZE, SIZE)),
         open_batches=lambda step: Scans(step, place.shards(SHARDS)),
         batch_size=BATCH,
         logical_shards=SHARDS,

@@ -15,6 +15,7 @@ from pipeline.data.reading.stream import Batch
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.parameterization import Parameterization
+from pipeline.diffusion.pixels import Pixels
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.training import checkpoint
@@ -110,5 +111,6 @@ def _reduced(kind: str, place: Place) -> tuple[TrainingModule, Reduction]:
     options = backbones.UNetConfig(base_width=32, multipliers=(1, 2, 2), blocks=1, attention_at=(16,))
     network = backbones.build(options, channels=3, size=32, classes=0, out_channels=3)
     denoiser = Denoiser(network, SCHEDULES["cosine"](), Parameterization("eps", "vp"), level="step_index")
-    module = TrainingModule(laid_out(denoiser, place.device).train(), OBJECTIVES["weighted"](), numbered("labels", 0))
+    network = laid_out(denoiser, place.device).train()
+    module = TrainingModule(network, OBJECTIVES["weighted"](), numbered("labels", 0), Pixels((3, 32, 32)))
     return module, reduction(kind, module, place)

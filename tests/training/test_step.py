@@ -16,6 +16,7 @@ from pipeline import backbones
 from pipeline.conditioner import numbered
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.objectives.objective import OBJECTIVES
+from pipeline.diffusion.pixels import Pixels
 from pipeline.diffusion.randomness import StepKey
 from pipeline.training import events as say
 from pipeline.training import hardware
@@ -23,7 +24,7 @@ from pipeline.training.loop import train
 from pipeline.training.prepare import blocks, checkpoint_blocks, compile_blocks, laid_out
 from pipeline.training.reduction import DDP
 from pipeline.training.step import Place, TrainingModule, backward
-from tests.training.runs import BATCH, CLASSES, SHARDS, batch_of, denoiser, losses, task
+from tests.training.runs import BATCH, CLASSES, SHARDS, SIZE, batch_of, denoiser, losses, task
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,9 @@ def test_accumulated_gradients_meet_once(tmp_path: Path) -> None:
     )
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        module = TrainingModule(denoiser().train(), OBJECTIVES["weighted"](), numbered("labels", CLASSES))
+        module = TrainingModule(
+            denoiser().train(), OBJECTIVES["weighted"](), numbered("labels", CLASSES), Pixels((1, SIZE, SIZE))
+        )
         reduction = DDP(module, Place())
         reduced: list[Tensor] = []
 

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray import cloudpickle, serve
 from ray.exceptions import RayActorError
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY, SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -35,6 +35,7 @@ log = logging.getLogger("raydiffusion.serving")
 APPLICATION = "raydiffusion"
 ONGOING_REQUESTS = 512  # that may be with a replica; its engine has the real budget, in cost
 READY_TIMEOUT_S = 180.0
+SHUTDOWN_TIMEOUT_S = 60.0
 HEALTH_CHECK_S = 2.0  # between looks at a replica: what died is replaced after at most this and its start
 AUTOSCALING_WINDOW_S = 15.0
 
@@ -220,8 +221,29 @@ def status(timeout_s: float = 30.0) -> list[dict[str, Any]]:
 
 
 def shutdown() -> None:
-    """End the endpoint and Ray Serve, all its replicas and proxies."""
-    serve.shutdown()
+    """End the endpoint and Ray Serve, all its replicas and proxies.
+
+    `serve.shutdown` waits within a call of the controller, which the controller's end breaks off: Ray then says in the
+    terminal that a task has failed and will be retried. So the call is asked not to wait, and the controller is looked
+    for until it is gone.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.shutdown_cached_handles()
+    ray.get(client._controller.graceful_shutdown.remote(wait=False))
+    end = time.monotonic() + SHUTDOWN_TIMEOUT_S
+    while _controller_lives() and time.monotonic() < end:
+        time.sleep(0.1)
+    serve.shutdown()  # forgets it in this process; where it still lives, waits once more and says so
+
+
+def _controller_lives() -> bool:
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _absolute(url: str, root: str, prefix: str = "") -> str:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import pytest
 from pipeline.data.formats.codecs import decode, encode_png
 from pipeline.serving.config import ServingConfig
 from tests.cluster.endpoints import GENERATE, SCORE, Registry, import_serve, until
+from tests.serving.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +196,30 @@ def test_the_status_names_process_version_and_load(endpoint: str, capsys: pytest
     assert str(status()["process"]) in told
     assert "digits" in told
     assert "owed" in told
+
+
+ENDED = """
+import sys
+from pipeline.cluster.session import session
+from pipeline.serving.config import ServingConfig
+from pipeline.serving.ports import free_port
+
+with session(cpus=2):
+    from pipeline.cluster import serve
+
+    for _ in range(2):  # what this process kept of the first must not be in the way of the second
+        serve.deploy(ServingConfig(model=sys.argv[1], kept_models=sys.argv[2], port=free_port("127.0.0.1")))
+        serve.shutdown()
+    serve.shutdown()  # of nothing
+print("ended")
+"""
+
+
+@pytest.mark.slow
+def test_an_endpoint_ends_without_a_word_from_ray(tmp_path: Path) -> None:
+    save_tiny(str(tmp_path / "model"), 0)
+    command = [sys.executable, "-W", "ignore", "-c", ENDED, str(tmp_path / "model"), str(tmp_path / "kept")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended
+    assert "shutdown" not in ended.stderr

@@ -26,14 +26,14 @@ def run(config: RunConfig) -> Manifest:
 
         manifest = shard(config.shard, show)
     train, held_out = manifest.split(TRAIN), manifest.split(HELD_OUT)
-    rejected = manifest.card["rejected"]
+    rejected, others = manifest.card["rejected"], manifest.card.get("others", 0)
     cli.console.print(
         f"  {manifest.url}: {train.total:,} training and {held_out.total:,} held-out images in "
-        f"{len(train.urls) + len(held_out.urls)} shards, {rejected} rejected; "
+        f"{len(train.urls) + len(held_out.urls)} shards, {rejected} rejected, {others} other; "
         f"manifest {manifest.digest[:12]}, version {manifest.version}"
     )
-    for path, _ in manifest.reject_tables if rejected else ():
-        cli.console.print(f"  rejected images and why: {manifest.url}/{path}")
+    for path, _ in manifest.reject_tables if rejected or others else ():
+        cli.console.print(f"  what is not in the set, and why: {manifest.url}/{path}")
     if len(manifest.removed):
         cli.console.print(
             f"  left out by readers, and why: {manifest.url}/{folder_of(manifest.digest)}/removed.parquet"

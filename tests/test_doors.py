@@ -74,6 +74,26 @@ def test_the_endpoints_page_runs(folder: Path) -> None:
     assert '"bits_per_dim"' in answers[1]
 
 
+@pytest.mark.slow
+def test_the_tutorial_runs_and_what_it_shows_is_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("RAYDIFFUSION_TUTORIAL_IMAGES", "4000")
+    (folder / "jobs").symlink_to(ROOT / "jobs")
+    said = run([sys.executable, "-W", "error", "-m", "jobs.tutorial"], folder)
+    made = folder / "artifacts/tutorial"
+    assert all((made / name).stat().st_size > 1000 for name in ("loss.png", "samples.png", "samplers.png"))
+    number = r"([+-]?[\d.]+)"
+    found = re.search(rf"held-out bits/dim {number} \+- {number}; of one image \+- {number}", said)
+    assert found
+    bits, error, _ = map(float, found.groups())
+    assert 0 < error < bits < 8
+    distances = {
+        name: [float(value) for value in re.findall(r"\d+\.\d+", said.split(f"\n{name} ")[1].splitlines()[0])]
+        for name in ("euler", "heun")
+    }
+    assert distances["heun"][-1] < distances["euler"][-1] < distances["euler"][0]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

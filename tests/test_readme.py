@@ -76,18 +76,6 @@ def test_the_jobs_in_the_order_given_then_the_notebook(folder: Path) -> None:
     assert "tensor([" in done.stdout
 
 
-def test_every_file_that_the_readme_names_exists() -> None:
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / path).exists(), path
-    tree = next(block for _, block in BLOCKS if block.startswith("jobs/"))
-    folder = ROOT
-    for line in tree.splitlines():
-        name = line.split()[0]
-        folder = ROOT / "pipeline" if line.startswith("  ") else ROOT
-        assert (folder / name).exists(), name
-
-
 def test_the_licence_is_packed_and_the_changes_begin_with_what_is_after_this_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     [licence] = [path for pattern in project["license-files"] for path in ROOT.glob(pattern)]

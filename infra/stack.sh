@@ -3,6 +3,8 @@
 #   infra/stack.sh up [--foreground]   starts what is not up, makes secrets where there are none; healthy when it returns
 #   infra/stack.sh status              0 where all answers
 #   infra/stack.sh down                ends all that up started; data and logs stay in the state folder
+#   infra/stack.sh dump FOLDER         MLflow's databases into FOLDER (artifacts are the bucket's own to copy)
+#   infra/stack.sh restore FOLDER      and back, in place of what is there
 #   infra/stack.sh env                 prints what a shell needs to use it: eval "$(infra/stack.sh env)"
 # It installs nothing. From the environment:
 #   RAYDIFFUSION_STATE, RAYDIFFUSION_USER   as for infra/cluster.sh
@@ -15,12 +17,12 @@ set -eu
 umask 077
 infra=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 self=$infra/stack.sh
-usage=14
+usage=16
 . "$infra/common.sh"
 
 verb=${1:-}
 case "$verb" in
-up | down | status | env) become_unprivileged "$@" ;;
+up | down | status | env | dump | restore) become_unprivileged "$@" ;;
 supervise) ;;
 *) usage ;;
 esac
@@ -40,7 +42,7 @@ check_tools() {
     ! own_database || command -v initdb >/dev/null || missing="$missing postgresql"
     command -v prometheus >/dev/null || missing="$missing prometheus"
     [ -z "$missing" ] || fail "not on the PATH:$missing (Debian: apt-get install$missing)"
-    "$python" -c 'import flask_wtf, psycopg' 2>/dev/null || fail "MLflow's users and the database driver are missing: $here/.venv/bin/pip install -e '$here[server]'"
+    "$python" -c 'import flask_wtf, psycopg' 2>/dev/null || fail "MLflow's users and the database driver are missing: infra/setup.sh server"
     ! own_s3 || "$python" -c 'import moto.server' 2>/dev/null || fail "no S3 is named and moto is missing: set RAYDIFFUSION_S3, or $here/.venv/bin/pip install 'moto[s3,server]'"
 }
 
@@ -217,6 +219,19 @@ status() {
 }
 
 down() { end_supervisor "$state" "no stack is up here"; }
+
+each_database() { # runs `$1 NAME FILE` with what PostgreSQL's tools read from the environment
+    own_database || fail "the database is your own (RAYDIFFUSION_DATABASE): dump it where it is kept"
+    running "$state" || fail "no stack is up here"
+    settings
+    export PGHOST=127.0.0.1 PGPORT=$database_port PGUSER=raydiffusion PGPASSWORD=$DATABASE_PASSWORD
+    "$1" mlflow "$2/mlflow.dump" && "$1" mlflow_users "$2/mlflow_users.dump"
+}
+dump_one() { pg_dump --format=custom --file="$2.new" "$1" && mv "$2.new" "$2"; }
+restore_one() { pg_restore --clean --if-exists --single-transaction --dbname="$1" "$2"; }
+folder_of() { [ -n "${1:-}" ] && [ -d "$1" ] || fail "$verb needs a folder"; }
+dump() { folder_of "$@"; each_database dump_one "$1"; }
+restore() { folder_of "$@"; each_database restore_one "$1"; }
 
 environment() {
     settings

@@ -1,5 +1,6 @@
 """Reaching MLflow: a server or a database, or one line that says why not."""
 
+import base64
 import http.client
 import logging
 import os
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
+REFUSED = {  # by status: what to do
+    401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the job runs",
+    403: "its --allowed-hosts do not name it so, or the user may not read",
+}
+
+
 class Away(ValueError):
     """A server that does not answer."""
 
@@ -24,7 +31,7 @@ def connect(uri: str) -> "MlflowClient":
     """A client of a server or a database that answers.
 
     Raises:
-        ValueError: a scheme that MLflow cannot use, a server of another version, or a broken database.
+        ValueError: a scheme that MLflow cannot use, a server that refuses or is of another version, a broken database.
         Away: no answer.
     """
     from mlflow.exceptions import MlflowException
@@ -82,15 +89,32 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def _who_asks() -> dict[str, str]:
+    """The header by which MLflow's own client says who it is: a server with users asks for it at every address."""
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    found = read_mlflow_creds()
+    if not (found.username and found.password):
+        return {}
+    return {"Authorization": "Basic " + base64.b64encode(f"{found.username}:{found.password}".encode()).decode()}
+
+
 def _answers(uri: str) -> None:
-    """Raises Away where no MLflow server answers, ValueError where it is one of another major version."""
+    """Raises Away where no MLflow server answers, ValueError where it refuses or is one of another major version."""
     import mlflow
 
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=10) as answer:
+        asked = urllib.request.Request(f"{uri.rstrip('/')}/version", headers=_who_asks())
+        with urllib.request.urlopen(asked, timeout=10) as answer:
             version = answer.read(100).decode(errors="replace").strip()
     except urllib.error.HTTPError as error:
         error.close()
+        if error.code in REFUSED:
+            raise ValueError(
+                f"the MLflow server at {without_secret(uri)} refuses this job ({error}): {REFUSED[error.code]}"
+            ) from None
         raise Away(f"no MLflow server answers at {without_secret(uri)}: {error}") from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, OSError) as error:
         reason = getattr(error, "reason", error)

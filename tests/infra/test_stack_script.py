@@ -46,7 +46,7 @@ def test_root_starts_nothing(tmp_path: Path) -> None:
 def test_without_a_verb_it_says_how_it_is_called() -> None:
     done = stack()
     assert done.returncode == 2
-    for verb in ("up", "status", "down", "env"):
+    for verb in ("up", "status", "down", "dump FOLDER", "restore FOLDER", "env"):
         assert f"infra/stack.sh {verb}" in done.stderr
 
 
@@ -89,6 +89,7 @@ def test_up_used_and_down() -> None:
         exported = host.script("stack.sh", "env").stdout
         done = host.run("bash", "-c", f"{exported}\npython -c '{LOG}'")
         assert "mlflow-artifacts:/" in done.stdout, done.stderr
+        _a_dump_brings_back_what_was_deleted(host, exported)
         for time_of_it in range(2):  # ended and begun again: what was written is still there
             assert host.script("stack.sh", "down").returncode == 0
             assert host.processes() == []
@@ -99,6 +100,26 @@ def test_up_used_and_down() -> None:
                 assert done.returncode == 0, done.stderr
                 done = host.run("bash", "-c", f"{exported}\npython -c '{READ}'")
                 assert done.stdout.strip() == "kept 0.5", done.stderr
+
+
+def _a_dump_brings_back_what_was_deleted(host: Host, exported: str) -> None:
+    kept = host.folder / "kept"
+    kept.mkdir()
+    kept.chmod(0o777)
+    assert host.script("stack.sh", "dump", str(kept)).returncode == 0
+    assert {path.name: path.stat().st_mode & 0o777 for path in kept.iterdir()} == {
+        "mlflow.dump": 0o600,
+        "mlflow_users.dump": 0o600,
+    }
+    gone = "import mlflow; [mlflow.delete_run(r.info.run_id) for r in mlflow.search_runs(search_all_experiments=True, "
+    gone += 'output_format="list")]'
+    done = host.run("bash", "-c", f"{exported}\npython -c '{gone}'")
+    assert done.returncode == 0, done.stderr
+    assert host.run("bash", "-c", f"{exported}\npython -c '{READ}'").returncode != 0
+    done = host.script("stack.sh", "restore", str(kept))
+    assert done.returncode == 0, done.stderr
+    done = host.run("bash", "-c", f"{exported}\npython -c '{READ}'")
+    assert done.stdout.strip() == "kept 0.5", done.stderr
 
 
 def _who_gets_in(host: Host, password: str) -> None:

@@ -93,6 +93,11 @@ def clean_environment() -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin", "OMP_NUM_THREADS": "1"}
 
 
+def idle_seconds(seconds: float) -> float:
+    """What takes so long on an idle machine may take as many times longer as more wants to run than there are cores."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 @cache
 def why_not() -> str | None:
     """Why no hosts can be made here."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.small_run import ROOT
-from tests.infra.hosts import Done, Host, clean_environment, needs_hosts, two_hosts
+from tests.infra.hosts import Done, Host, clean_environment, idle_seconds, needs_hosts, two_hosts
 
 SCRIPT = str(ROOT / "infra" / "stack.sh")
 MLFLOW, PROMETHEUS = "http://127.0.0.1:27002", "http://127.0.0.1:27003"
@@ -68,9 +68,9 @@ def test_up_used_and_down() -> None:
     with two_hosts() as (host, _):
         before = host.shared_memory()
         began = time.monotonic()
-        done = host.script("stack.sh", "up")
+        done = host.script("stack.sh", "up", timeout=450, RAYDIFFUSION_START_S="400")
         assert done.returncode == 0, done.stderr
-        assert time.monotonic() - began < 90
+        assert time.monotonic() - began < idle_seconds(90)
 
         secrets = host.folder / "alpha" / "stack" / "secrets"
         assert secrets.stat().st_mode & 0o777 == 0o600
@@ -96,7 +96,7 @@ def test_up_used_and_down() -> None:
             assert host.listening() == set()
             assert host.shared_memory() == before
             if time_of_it == 0:
-                done = host.script("stack.sh", "up")
+                done = host.script("stack.sh", "up", timeout=450, RAYDIFFUSION_START_S="400")
                 assert done.returncode == 0, done.stderr
                 done = host.run("bash", "-c", f"{exported}\npython -c '{READ}'")
                 assert done.stdout.strip() == "kept 0.5", done.stderr

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import psutil
 import pytest
@@ -57,7 +57,7 @@ class Host:
     def command(self, *words: str) -> list[str]:
         return ["nsenter", "-t", str(self.pid), "-n", "-p", "-m", "-i", "-u", "-r", "-w", "--", *words]
 
-    def script(self, name: str, *words: str, timeout: float = 200, root: Path = ROOT, **more: str) -> Done:
+    def script(self, name: str, *words: str, timeout: float = 200, root: Path = ROOT, **more: Any) -> Done:
         """infra/NAME of the checkout `root` there, run by root as it is meant to be: it becomes nobody."""
         settings = {"RAYDIFFUSION_STATE": f"{self.folder}/{self.name}", "RAYDIFFUSION_USER": "nobody", **more}
         return self.run("bash", str(root / "infra" / name), *words, timeout=timeout, environment=settings)

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,11 +33,13 @@ def site() -> Iterator[tuple[Host, Host, Path]]:
         shared = alpha.folder / "shared"
         shared.mkdir()
         shared.chmod(0o777)
-        patient = {"RAYDIFFUSION_START_S": "400"}
+        patient: dict[str, Any] = {"RAYDIFFUSION_START_S": "400"}
         done = alpha.script("stack.sh", "up", timeout=450, **patient)
         assert done.returncode == 0, done.stderr
         # what jobs are to know of MLflow and S3 stands in the environment of the nodes, not in that of a job
-        secrets = dict(re.findall(r"^export (\w+)=(\S+)$", alpha.script("stack.sh", "env").stdout, re.MULTILINE))
+        secrets: dict[str, Any] = dict(
+            re.findall(r"^export (\w+)=(\S+)$", alpha.script("stack.sh", "env").stdout, re.MULTILINE)
+        )
         done = alpha.script("cluster.sh", "head", "--", "--num-cpus=1", timeout=450, **patient, **secrets)
         assert done.returncode == 0, done.stderr
         give_token(alpha, beta)

@@ -9,7 +9,6 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
-OWN = ("pixels", "process")  # what the model gives, not the run file
 SECTIONS = {  # which job's help shows which tables
     "model": ("model.network", "model.schedule"),
     "objective": ("objective",),
@@ -18,7 +17,7 @@ SECTIONS = {  # which job's help shows which tables
 }
 
 
-def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
+def tables() -> dict[str, Mapping[str, Any]]:
     """By the key that chooses: name -> what takes the options."""
     from pipeline.backbones import BACKBONES
     from pipeline.diffusion.likelihood.estimators import ESTIMATORS
@@ -26,14 +25,13 @@ def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from pipeline.diffusion.sampling.samplers import SAMPLERS
     from pipeline.diffusion.schedule import SCHEDULES
 
-    samplers = {name: sampler.procedure for name, sampler in SAMPLERS.items()}
     return {
         "model.network": BACKBONES,
         "model.schedule": SCHEDULES,
         "objective": OBJECTIVES,
-        "evaluation.sampling.sampler": samplers,
+        "evaluation.sampling.sampler": SAMPLERS,
         "evaluation.estimators": ESTIMATORS,
-        "serving.sampler": samplers,
+        "serving.sampler": SAMPLERS,
     }
 
 
@@ -44,21 +42,21 @@ def describe(sections: typing.Sequence[str]) -> str:
     return "\n".join(line for key in keys for line in _table(key, known[key]))
 
 
-def options(made: Callable[..., Any]) -> list[inspect.Parameter]:
-    """What a run file may give to one entry."""
-    parameters = inspect.signature(made).parameters.values()
-    if isinstance(made, type):
-        return list(parameters)
-    return [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OWN]
+def options(entry: Any) -> list[inspect.Parameter]:
+    """What a run file may give to one entry: a sampler, an estimator, or what is called with its options."""
+    if hasattr(entry, "procedure"):
+        return list(entry.options.values())
+    return list(inspect.signature(entry).parameters.values())
 
 
-def _table(key: str, table: Mapping[str, Callable[..., Any]]) -> Iterator[str]:
+def _table(key: str, table: Mapping[str, Any]) -> Iterator[str]:
     yield f"\nnames and options of {key}:"
-    for name, made in table.items():
+    for name, entry in table.items():
+        made = getattr(entry, "procedure", entry)
         yield f"\n  {name}:  {_first_sentence(made)}"
         hints = typing.get_type_hints(made, include_extras=True)
-        for option in options(made):
-            meaning = _meaning(made, option.name, hints.get(option.name, Any))
+        for option in options(entry):
+            meaning = _meaning(made, option.name, hints.get(option.name, option.annotation))
             default = "null" if option.default is None else option.default
             shown = "required" if default is option.empty else default
             yield f"    {option.name:<24} {meaning} [{shown}]"

@@ -6,7 +6,6 @@ digest.
 """
 
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -102,11 +101,10 @@ def build(config: ModelConfig) -> Denoiser:
         out_channels=config.channels * (2 if config.learned_variance else 1),
     )
     schedule = build_choice(SCHEDULES, config.schedule, "schedule")
-    table: Tensor | None = getattr(schedule, "table", None)
     return Denoiser(
         network,
         schedule,
-        Parameterization(config.prediction, config.scaling, config.data_std, table),
+        Parameterization(config.prediction, config.scaling, config.data_std, schedule.table),
         level=config.level,
         network_input=config.network_input,
         learned_variance=config.learned_variance,
@@ -310,38 +308,20 @@ class Model:
         options = self.scoring_options(how)
         conditioning = self._told(conditioning, len(pixels))
         noise = Noise(seeds, self.device)
-        return estimator(x, self.denoiser.process, noise, conditioning, pixels=self.space.grid, **options)
+        return estimator.start(x, self.denoiser.process, noise, conditioning, pixels=self.space.grid, **options)
 
     def scoring_options(self, how: Scoring) -> dict[str, Any]:
-        """The estimator's options, completed by what this model says of itself.
-
-        A bound over steps is that of the model's own table: all of it, or `steps` of its levels evenly by index
-        (`gammas` names any others), with the learned variance where there is one, and the Gaussian decoder that a table
-        was trained with. A law without a table has `steps` levels uniform in gamma.
+        """The estimator's options, completed by what this model says of itself (`Estimator.needs`).
 
         Raises:
-            ValueError: an option that the estimator has not, or steps that the table has not.
+            ValueError: an option that the estimator has not, or what it needs of a model that this one has not.
         """
-        parameters = inspect.signature(choose(ESTIMATORS, how.estimator, "estimator")).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "pixels"]
+        estimator = choose(ESTIMATORS, how.estimator, "estimator")
         for name in how.options:
-            if name not in known:
-                raise ValueError(f"estimator '{how.estimator}' has no option '{name}'; it has: {', '.join(known)}")
-        table: Tensor | None = getattr(self.denoiser.schedule, "table", None)
-        if "gammas" not in known or table is None:
-            return dict(how.options)
-        own: dict[str, Any] = {"decoder": "gaussian"}
-        if "variance" in known and self.config.learned_variance:
-            own["variance"] = "learned"
-        if how.options.get("gammas") is None and how.options.get("spacing") != "t":
-            steps = how.options.get("steps", len(table))
-            if not (isinstance(steps, int) and 3 <= steps <= len(table)):
-                raise ValueError(
-                    f"estimator '{how.estimator}': steps must be an integer in 3..{len(table)}, the table's, "
-                    f"got {steps}"
-                )
-            own["gammas"] = grid("linspace", self.denoiser.schedule, steps)
-        return {**own, **{name: value for name, value in how.options.items() if value is not None}}
+            if name not in estimator.options:
+                known = ", ".join(estimator.options)
+                raise ValueError(f"estimator '{how.estimator}' has no option '{name}'; it has: {known}")
+        return dict(estimator.needs(how.options, self.denoiser))
 
     def sample(
         self,

@@ -171,7 +171,7 @@ def score(field: QuantisedField, answerer: Answerer, how: Scoring, progress: Pro
         noise = Noise([key_seed("known-entropy", "score", seed, row) for row in rows])
         x = field.images(levels[rows.start : rows.stop])
         estimator = choose(ESTIMATORS, how.estimator, "estimator")
-        result = drive(estimator(x, process, noise, Conditioning(), pixels=field.pixels, **how.options), answerer)
+        result = drive(estimator.start(x, process, noise, Conditioning(), pixels=field.pixels, **how.options), answerer)
         found.append(result.bits_per_dim)
         evaluations += float(result.evaluations.sum())
         gap = torch.cat(found) - exact[: rows.stop]

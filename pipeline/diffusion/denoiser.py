@@ -32,8 +32,7 @@ def _log_sigma(schedule: Schedule, gamma: Tensor) -> Tensor:
 
 def _step_index(schedule: Schedule, gamma: Tensor) -> Tensor:
     """DDPM, IDDPM: the step index, an exact integer at the nodes of the table; 999 t for laws without a table."""
-    table: Tensor | None = getattr(schedule, "table", None)
-    steps = 1000 if table is None else len(table)
+    steps = 1000 if schedule.table is None else len(schedule.table)
     return schedule.time(gamma) * (steps - 1)
 
 

@@ -4,10 +4,11 @@ Guidance asks each query twice and combines the answers, clipping limits x_hat; 
 eps_hat from its own y, does not know. A procedure without them pays nothing.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,6 +107,14 @@ def clipped(procedure: Procedure[Result], clip: Clip | float | None) -> Procedur
     if clip is None:
         return procedure
     return _clipped(procedure, clip if isinstance(clip, Clip) else Clip(clip))
+
+
+CLIP = inspect.Parameter(
+    "clip",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[Clip | float | None, "x_hat is limited to [-clip, clip]; null: as the network says it"],
+)  # as an option of what `clipped` is put around
 
 
 def _clipped(procedure: Procedure[Result], clip: Clip) -> Procedure[Result]:

@@ -31,14 +31,24 @@ GAMMA_LIMIT = 20.0  # |gamma| of a continuous law beyond this is refused; a tabl
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A time law. `gamma` and `time` keep the dtype and device of their argument."""
+    """A time law. `gamma` and `time` keep the dtype and device of their argument.
+
+    table: gamma at step index 0..T-1 of a law of discrete steps, float64 (T,); None of others.
+    """
 
     @property
     def gamma_min(self) -> float: ...
     @property
     def gamma_max(self) -> float: ...
+    @property
+    def table(self) -> Tensor | None: ...
     def gamma(self, t: Tensor) -> Tensor: ...
     def time(self, gamma: Tensor) -> Tensor: ...
+
+
+def evenly(table: Tensor, steps: int) -> Tensor:
+    """Gamma at indices round(i (T - 1) / (steps - 1)) of a table, both ends included, descending."""
+    return table[torch.linspace(0, len(table) - 1, steps, dtype=torch.float64).round().long()].flip(0)
 
 
 @torch.enable_grad()
@@ -63,8 +73,12 @@ class Tabulated:
     def betas(self) -> Tensor:
         raise NotImplementedError
 
-    @cached_property
+    @property
     def table(self) -> Tensor:
+        return self._table
+
+    @cached_property
+    def _table(self) -> Tensor:
         """gamma at step index 0..T-1, float64 (T,): log((1 - abar) / abar).
 
         1 - abar is summed as -expm1(log abar), exact also where abar is close to 1.
@@ -193,6 +207,10 @@ class Cosine(Tabulated):
 class VP:
     """The variance-preserving SDE (Song et al. 2021, eq. 32): log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2."""
 
+    @property
+    def table(self) -> None:
+        return None
+
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-5
@@ -253,6 +271,10 @@ class SubVP(VP):
 class LinearGamma:
     """gamma linear in t (VDM's fixed law, Kingma et al. 2021)."""
 
+    @property
+    def table(self) -> None:
+        return None
+
     gamma_min: float = -13.3
     gamma_max: float = 5.0
 
@@ -269,6 +291,10 @@ class LinearGamma:
 @dataclass(frozen=True)
 class Geometric:
     """The variance-exploding law: sigma geometric from sigma_min to sigma_max (Song & Ermon 2019; Song et al. 2021)."""
+
+    @property
+    def table(self) -> None:
+        return None
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -333,6 +359,10 @@ class EDM(Geometric):
 class Flow:
     """Rectified flow (Liu et al. 2022): gamma = 2 log(tau / (1 - tau)), tau uniform, cut at gamma_min and gamma_max."""
 
+    @property
+    def table(self) -> None:
+        return None
+
     gamma_min: float = -13.3
     gamma_max: float = 14.0
 
@@ -363,6 +393,10 @@ class LearnedGamma(nn.Module):
     that only the end points can learn. The raw curve is rescaled so that gamma(0) and gamma(1) are exactly the end
     points: what a network is conditioned on (normalised gamma) is then always consistent with the law.
     """
+
+    @property
+    def table(self) -> None:
+        return None
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.conditioner import Conditioner
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
 from pipeline.evaluation.bits_per_dim import Scores, score
 from pipeline.evaluation.config import EvaluationConfig, unmeasurable
 from pipeline.evaluation.features import Labelled, features_of, judgeable
@@ -146,12 +147,10 @@ def judge(
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-ESTIMATOR_NAMES = {
-    "vlb": "variational bound",
-    "vlb_discrete": "bound over T steps",
-    "ddim_bound": "DDIM's bound over T steps",
-    "ode": "probability-flow ODE",
-}
+
+def title_of(estimator: str) -> str:
+    """As reports name it; a stored evaluation may be by one that there is no more."""
+    return ESTIMATORS[estimator].title if estimator in ESTIMATORS else estimator
 
 
 def _percent(share: Estimate) -> str:
@@ -171,7 +170,7 @@ def rows(found: Evaluation, config: EvaluationConfig) -> list[Row]:
             f"of the error, the estimator's noise is {scores.estimator_error:.4f}"
         )
         value = f"{scores.mean:.3f} ± {scores.standard_error:.3f}"
-        table.append(Row(f"Held-out bits/dim, {ESTIMATOR_NAMES.get(name, name)}", value, detail))
+        table.append(Row(f"Held-out bits/dim, {title_of(name)}", value, detail))
     bar, agreement = config.min_agreement, found.agreement
     if agreement is not None:
         demanded = "" if bar is None else f"at least {bar:.0%} demanded; "

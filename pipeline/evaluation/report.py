@@ -16,7 +16,7 @@ from pipeline.evaluation import charts, pictures
 from pipeline.evaluation.charts import Curve
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.features import Labelled
-from pipeline.evaluation.measure import ESTIMATOR_NAMES, Evaluation, Row, passed, rows
+from pipeline.evaluation.measure import Evaluation, Row, passed, rows, title_of
 
 EACH = 10  # images of a class in a grid
 PAIRS = 10  # samples beside their nearest training image
@@ -128,7 +128,7 @@ def _header(report: Report, table: list[Row]) -> str:
 
 def _tiles(found: Evaluation) -> str:
     tiles = [
-        (f"{scores.mean:.3f}", f"bits/dim, {ESTIMATOR_NAMES.get(name, name)} (± {scores.standard_error:.3f})")
+        (f"{scores.mean:.3f}", f"bits/dim, {title_of(name)} (± {scores.standard_error:.3f})")
         for name, scores in found.scores.items()
     ]
     if found.agreement is not None:
@@ -183,8 +183,7 @@ def _likelihood(report: Report) -> tuple[str, str]:
     if not found.scores:
         return "", ""
     parts = [
-        (ESTIMATOR_NAMES.get(name, name), np.asarray(scores.bits_per_dim, dtype=np.float64))
-        for name, scores in found.scores.items()
+        (title_of(name), np.asarray(scores.bits_per_dim, dtype=np.float64)) for name, scores in found.scores.items()
     ]
     bits = torch.tensor(next(iter(found.scores.values())).bits_per_dim)
     order, images = bits.argsort(), report.held_out.images[: len(bits)]

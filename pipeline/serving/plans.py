@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import torch
 from pydantic import BaseModel
@@ -17,8 +17,7 @@ from pipeline.choose import choose
 from pipeline.conditioner import KINDS, ConditionError
 from pipeline.data.formats import codecs, fit, headers
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.likelihood.bounds import FEW_STEPS, REPEATS
-from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Likelihood
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS, Estimator, Likelihood
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.randomness import key_seed
 from pipeline.diffusion.sampling.encode import ENCODERS
@@ -30,14 +29,11 @@ from pipeline.serving.ranges import LARGEST_LATENT, out_of_range
 from pipeline.serving.refusals import RequestError
 from pipeline.serving.requests import EncodingRequest, GenerationRequest, LikelihoodOptions, OptionValue, decode_base64
 
-ADAPTIVE_EVALUATIONS = 128  # a solve's network evaluations an image at a tolerance of 1e-3; 104 measured
-ORDERS = {"bosh3": 3, "dopri5": 5}  # evaluations grow as tolerance^(-1/order)
 PLAIN = (bool, int, float, str, type(None))
 NUMBERS = Sequence[float]
 LONGEST_LIST = 4096  # numbers
-NOT_ASKED = ("process", "pixels", "gammas", "rows")  # options that are not a request's to set
+NOT_ASKED = ("gammas", "rows")  # options that are not a request's to set
 LONGEST_NAME = 64
-PRODUCT_COST = 2  # a vector-Jacobian product in units of a network evaluation
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     for extra in ("eta", "churn"):
         if (value := getattr(request, extra)) is not None:
             options[extra] = value
-    options = _checked_options(options, options_of(sampler.procedure), f"sampler '{name}'")
+    options = _checked_options(options, askable(sampler.options), f"sampler '{name}'")
 
     def offline() -> str:
         return f"as a shard set they are made by: {_sample_command(request, model, name, steps, options, seed)}"
@@ -245,13 +241,11 @@ def plan_likelihood(
     n = len(encoded)
     if n > config.max_images:
         raise RequestError(f"at most {config.max_images} images a request, got {n}", "images")
-    estimator = _chosen(ESTIMATORS, request.estimator, "estimator")
-    known = options_of(estimator)
-    options = _checked_options(request.options, known, f"estimator '{request.estimator}'")
+    estimator: Estimator = _chosen(ESTIMATORS, request.estimator, "estimator")
+    options = _checked_options(request.options, askable(estimator.options), f"estimator '{request.estimator}'")
     conditioning = _asked(request, n, model)
     how = Scoring(request.estimator, options)
-    completed = {k: default for k, (_, default) in known.items()} | model.scoring_options(how)
-    evaluations = scoring_evaluations(completed, math.prod(model.space.shape))
+    evaluations = estimator.evaluations(math.prod(model.space.shape), model.scoring_options(how))
     _check_cost(n * evaluations, model, config, f"{n} images x {evaluations} network evaluations")
     pixels = torch.stack(
         [_decoded(data, f"images[{i}]", request.resize, model, config) for i, data in enumerate(encoded)]
@@ -288,12 +282,14 @@ Kinds = tuple[type, ...]
 _KIND_NAMES = {type(None): "null", list: "a list of numbers", str: f"a string of at most {LONGEST_NAME} characters"}
 
 
-def options_of(procedure: Callable[..., Any]) -> dict[str, tuple[Kinds, Any]]:
-    """The options of a procedure that a request may set: the plain types they take, and the default."""
+def askable(options: Mapping[str, inspect.Parameter]) -> dict[str, tuple[Kinds, Any]]:
+    """The options that a request may set: the plain types they take, and the default."""
     found: dict[str, tuple[Kinds, Any]] = {}
-    for name, parameter in inspect.signature(procedure).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_ASKED:
-            kinds = get_args(parameter.annotation) or (parameter.annotation,)
+    for name, parameter in options.items():
+        if name not in NOT_ASKED:
+            kind = parameter.annotation
+            bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+            kinds = get_args(bare) or (bare,)
             plain = [kind for kind in kinds if kind in PLAIN]
             found[name] = (*plain, *([list] if NUMBERS in kinds else [])), parameter.default
     return found
@@ -328,21 +324,6 @@ def _checked_options(
             raise RequestError(f"option '{name}' of {kind} must be {allowed}, got {str(value)[:64]}", name)
         checked[name] = float(value) if isinstance(value, int) and int not in kinds and bool not in kinds else value
     return checked
-
-
-def scoring_evaluations(options: Mapping[str, Any], dimensions: int) -> int:
-    """Expected network evaluations an image of an estimator with these options."""
-    gammas = options.get("gammas")  # of a bound over the steps of a table
-    counts = (options.get("levels"), options.get("terms"), options.get("steps") if gammas is None else len(gammas))
-    for count in counts:
-        if options.get("spacing") == "t" and isinstance(count, int) and count < FEW_STEPS:
-            count *= REPEATS
-        if isinstance(count, int):
-            return max(1, count) + max(0, int(options.get("decoder_draws", 0)))
-    products = dimensions if options.get("trace") == "exact" else max(1, int(options.get("probes", 1)))
-    finer = (1e-3 / float(options.get("tolerance", 1e-3))) ** (1 / ORDERS.get(options.get("solver", ""), 3))
-    solve = math.ceil(ADAPTIVE_EVALUATIONS * max(1.0, finer))
-    return solve * (1 + PRODUCT_COST * products) * max(1, int(options.get("samples", 1)))
 
 
 def _check_cost(

@@ -6,8 +6,9 @@ Device work happens in the engine's thread and encoding in a pool, so an event l
 import asyncio
 import base64
 import contextlib
+import inspect
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,7 +34,7 @@ from pipeline.serving.plans import (
     GenerationPlan,
     LikelihoodPlan,
     Plan,
-    options_of,
+    askable,
     plan_encoding,
     plan_generation,
     plan_likelihood,
@@ -116,11 +117,11 @@ class Service:
             "condition": self.model.config.condition,
             **self._names(),
             "samplers": {
-                name: {"grid": sampler.grid, "stochastic": sampler.stochastic, "options": _options(sampler.procedure)}
+                name: {"grid": sampler.grid, "stochastic": sampler.stochastic, "options": _options(sampler.options)}
                 for name, sampler in SAMPLERS.items()
             },
             "encoders": list(ENCODERS),
-            "estimators": {name: {"options": _options(estimator)} for name, estimator in ESTIMATORS.items()},
+            "estimators": {name: {"options": _options(estimator.options)} for name, estimator in ESTIMATORS.items()},
             "grids": list(GRIDS),
             "guided": self._guided(),
             "bytes": self.bytes,
@@ -362,7 +363,7 @@ def _number(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _options(procedure: Callable[..., Any]) -> dict[str, Any]:
+def _options(options: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     """Options with defaults that JSON can carry."""
-    known = options_of(procedure)
+    known = askable(options)
     return {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, (_, v) in known.items()}

@@ -42,7 +42,7 @@ def estimate(
     **options: Any,
 ) -> Likelihood:
     noise = noise or Noise(range(len(x)) if seeds is None else seeds)
-    procedure = ESTIMATORS[name](x, facts or process(), noise, conditioning, pixels=pixels, **options)
+    procedure = ESTIMATORS[name].start(x, facts or process(), noise, conditioning, pixels=pixels, **options)
     return drive(procedure, denoiser, chunk=chunk)
 
 

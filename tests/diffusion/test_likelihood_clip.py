@@ -37,7 +37,9 @@ def nats(name: str, limit: float = float("inf"), **options: Any) -> Tensor:
     grid = PixelGrid()
     level = torch.randint(0, grid.levels, (3, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     x = grid.first + grid.bin * level.double()
-    estimate = ESTIMATORS[name](x, PROCESS, Noise([1, 2, 3]), Conditioning(), pixels=grid, **OPTIONS[name], **options)
+    estimate = ESTIMATORS[name].start(
+        x, PROCESS, Noise([1, 2, 3]), Conditioning(), pixels=grid, **OPTIONS[name], **options
+    )
     return drive(estimate, {"main": Rough(limit)}).nats
 
 

@@ -369,7 +369,7 @@ def test_the_terminal_is_the_limit_of_ever_finer_grey_levels(name: str, levels: 
     x = grid.first + grid.bin * ((x - grid.first) / grid.bin).round()
     facts = process(-6.0, 5.0)
     binned, density = (
-        drive(ESTIMATORS[name](x, facts, Noise(range(6)), NONE, pixels=pixels, **options), MIXTURE)
+        drive(ESTIMATORS[name].start(x, facts, Noise(range(6)), NONE, pixels=pixels, **options), MIXTURE)
         for pixels in (grid, CONTINUOUS)
     )
     torch.testing.assert_close(binned.nats + 4 * grid.log_volume, density.nats, atol=1e-3, rtol=0)
@@ -382,7 +382,7 @@ def test_the_terminal_of_y_0_is_a_constant_and_that_of_x_hat_has_an_error_bar() 
 
     def reconstruction(**options: Any) -> Likelihood:
         return drive(
-            ESTIMATORS["vlb"](z, facts, Noise(range(4)), NONE, pixels=CONTINUOUS, levels=4, **options), MIXTURE
+            ESTIMATORS["vlb"].start(z, facts, Noise(range(4)), NONE, pixels=CONTINUOUS, levels=4, **options), MIXTURE
         )
 
     constant = reconstruction().parts["reconstruction"]
@@ -395,7 +395,7 @@ def test_the_terminal_of_y_0_is_a_constant_and_that_of_x_hat_has_an_error_bar() 
 def test_clipping_latents_is_refused(estimator: str) -> None:
     z = MIXTURE.sample(2, torch.Generator().manual_seed(8))
     with pytest.raises(ValueError, match="clip is a habit of pixels"):
-        drive(ESTIMATORS[estimator](z, WIDE, Noise(range(2)), NONE, pixels=CONTINUOUS, clip=1.0), MIXTURE)
+        drive(ESTIMATORS[estimator].start(z, WIDE, Noise(range(2)), NONE, pixels=CONTINUOUS, clip=1.0), MIXTURE)
 
 
 def test_what_has_no_likelihood_is_refused_by_name() -> None:
@@ -417,7 +417,7 @@ def test_what_has_no_likelihood_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="estimator"):
         Whole(WIDE, CONTINUOUS, estimator="elbo")
     with pytest.raises(ValueError, match="samples at 1"):
-        drive(ESTIMATORS["ode"](x[:, :4], WIDE, Noise(range(2)), NONE, pixels=CONTINUOUS, samples=2), PRIOR)
+        drive(ESTIMATORS["ode"].start(x[:, :4], WIDE, Noise(range(2)), NONE, pixels=CONTINUOUS, samples=2), PRIOR)
     with pytest.raises(ValueError, match="latent 1"):
         CONTINUOUS.index(torch.tensor([[0.0], [math.nan]]))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.choose import build
 from pipeline.diffusion.denoiser import Denoiser, Prediction, Process
 from pipeline.diffusion.likelihood.bounds import vlb_discrete
+from pipeline.diffusion.likelihood.estimators import ESTIMATORS
 from pipeline.diffusion.objectives.loss import DENSITIES, draw_noise, noisy
 from pipeline.diffusion.objectives.objective import OBJECTIVES, Weighted
 from pipeline.diffusion.parameterization import Parameterization
@@ -21,7 +22,6 @@ from pipeline.diffusion.scaling import SCALINGS, prior_variance
 from pipeline.diffusion.schedule import VP, Cosine, LinearBeta, LinearGamma
 from pipeline.model import ModelConfig
 from pipeline.model import build as build_model
-from pipeline.serving.plans import scoring_evaluations
 from tests.diffusion.objective_cases import NONE, GaussianNetwork, gaussian_denoiser, key, on_grid
 
 F64 = torch.float64
@@ -176,7 +176,7 @@ def test_the_bound_of_t_steps_is_vdms(steps: int) -> None:
     assert float((found.parts["steps"] / expected - 1).abs().mean()) < 0.2
     asked = steps * (4 if steps < 8 else 1)
     assert found.evaluations.tolist() == [asked] * 16
-    assert scoring_evaluations({"steps": steps, "spacing": "t", "gammas": None}, d) == asked
+    assert ESTIMATORS["vlb_discrete"].evaluations(d, {"steps": steps, "spacing": "t"}) == asked
 
 
 def test_bad_spacings_are_refused() -> None:

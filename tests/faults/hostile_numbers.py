@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.diffusion.likelihood.estimators import ESTIMATORS
 from pipeline.diffusion.sampling.encode import ENCODERS
 from pipeline.diffusion.sampling.samplers import SAMPLERS
-from pipeline.serving.plans import options_of
+from pipeline.serving.plans import askable
 from tests.faults.hostile_requests import ENCODE, GENERATE, SCORE, Hostile, form, part, png
 
 FLOATS = (
@@ -55,10 +55,9 @@ def fields() -> Iterator[Hostile]:
 
 def options() -> Iterator[Hostile]:
     """Options of every sampler and estimator, the ones that a later version adds as well."""
-    samplers = {name: sampler.procedure for name, sampler in SAMPLERS.items()}
-    for path, table in ((GENERATE, samplers), (SCORE, ESTIMATORS)):
-        for name, procedure in table.items():
-            for option, (kinds, _) in options_of(procedure).items():
+    for path, table in ((GENERATE, SAMPLERS), (SCORE, ESTIMATORS)):
+        for name, entry in table.items():
+            for option, (kinds, _) in askable(entry.options).items():
                 if not {int, float} & set(kinds):
                     continue
                 for text in FLOATS if float in kinds else WHOLES:

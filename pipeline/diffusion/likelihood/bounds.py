@@ -13,7 +13,6 @@ from torch import Tensor
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
-from pipeline.diffusion.guidance import Clip, clipped
 from pipeline.diffusion.likelihood.continuous import Continuous, gaussian_entropy
 from pipeline.diffusion.likelihood.decoders import DECODERS, DecoderTask, Grid, expected_softmax, mix_log_variance
 from pipeline.diffusion.likelihood.estimate import (
@@ -40,7 +39,7 @@ Measure = Callable[[Answer, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Setting:
-    """The images and what goes with them: index, their grey levels; rows, how many a query may have; clip, of x_hat."""
+    """The images and what goes with them: index, their grey levels; rows, how many a query may have."""
 
     x: Tensor
     index: Tensor
@@ -49,7 +48,6 @@ class _Setting:
     conditioning: Conditioning
     pixels: Grid
     rows: int
-    clip: Clip | float | None
     repeats: int = 1  # times that each step of a bound is asked
 
     @property
@@ -139,14 +137,11 @@ def _setting(
     pixels: Grid,
     rows: int,
     draws: int,
-    clip: Clip | float | None,
 ) -> _Setting:
     check_input(x, noise, rows=rows)
-    if clip is not None and isinstance(pixels, Continuous):
-        raise ValueError("likelihood: clip is a habit of pixels, latents have no range: leave it out")
     if draws < 2:
         raise ValueError(f"likelihood: decoder_draws must be at least 2, got {draws}: one gives no standard error")
-    return _Setting(x.double(), pixels.index(x), process, noise, conditioning, pixels, rows, clip)
+    return _Setting(x.double(), pixels.index(x), process, noise, conditioning, pixels, rows)
 
 
 # --- continuous time ----------------------------------------------------------------------------------------------
@@ -169,7 +164,6 @@ def vlb(
     decoder_draws: int = 4,
     control: bool = True,
     rows: int = 256,
-    clip: Clip | float | None = None,
 ) -> Procedure[Likelihood]:
     """The continuous bound: prior + 1/2 integral of E|eps - eps_hat|^2 d gamma + reconstruction.
 
@@ -181,26 +175,25 @@ def vlb(
     decoder: 'softmax' (its expectation exactly) or 'gaussian' (`decoder_draws` more evaluations).
     control: take |eps|^2 - D, known in the mean, off the terms in proportion: the same expectation, half the error.
     rows: how many rows a query may have; where there are fewer images, several levels are asked at once.
-    clip: of x_hat, as samplers have it: the bound of the model that samples so.
 
     Raises:
         ValueError: pixels off the grid, levels or decoder_draws below 2, no finite number from the network.
     """
-    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws, clip)
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
     if levels < 2:
         raise ValueError(f"likelihood vlb: levels must be at least 2, got {levels}: one gives no standard error")
     low, high = process.gamma_min, process.gamma_max
     width = (high - low) / levels
     place = noise.uniform_(torch.empty(len(x), levels, dtype=torch.float64, device=x.device))
     gammas = low + width * (torch.arange(levels, device=x.device) + place)
-    errors, squares = yield from clipped(_measure_levels(setting, gammas[..., None], _eps_error), clip)
+    errors, squares = yield from _measure_levels(setting, gammas[..., None], _eps_error)
     weights = torch.full_like(errors, width / 2)
     terms = errors * weights
     if control:
         terms = controlled(terms, weights, squares, setting.dimensions)
     log_beta = upper_log_variance(process, low)
     decoding = _reconstruction(setting, low, decoder, decoder_draws, "beta", (log_beta, log_beta))
-    reconstruction, variance, evaluations = yield from clipped(decoding, clip)
+    reconstruction, variance, evaluations = yield from decoding
     prior = prior_term(setting.x, high, process.prior_variance)
     parts = {"prior": prior, "diffusion": row_sum(terms), "reconstruction": reconstruction}
     return _finish(setting, parts, series_variance(terms) + variance, levels + evaluations)
@@ -305,7 +298,7 @@ def _discrete(
     gaps, steps = gammas.diff().to(setting.x.device), steps.to(setting.x.device)
     chosen, strata = _pick_terms(setting, gaps, terms, importance)
     measuring = _measure_levels(setting, steps[chosen], step_divergence(variance))
-    values, squares = yield from clipped(measuring, setting.clip)
+    values, squares = yield from measuring
     values, levels = values * strata.factor[chosen], gammas[1:].to(gaps.device)
     weights = strata.factor * 0.5 * torch.expm1(gaps)
     found = Sum(values, squares, chosen, strata, weights, levels, setting.dimensions, control)
@@ -314,7 +307,7 @@ def _discrete(
     # beta-tilde of the last move is 0: the one before it stands in (Nichol & Dhariwal 2021)
     log_tilde = log_beta + math.log(-math.expm1(-float(gaps[0])))
     decoding = _reconstruction(setting, first, decoder, decoder_draws, variance, (log_tilde, log_beta))
-    reconstruction, spread, evaluations = yield from clipped(decoding, setting.clip)
+    reconstruction, spread, evaluations = yield from decoding
     prior = prior_term(setting.x, last, prior_variance(setting.process.scaling, last))
     values = found.estimates()
     parts = {"prior": prior, "steps": row_sum(values), "reconstruction": reconstruction}
@@ -349,7 +342,6 @@ def vlb_discrete(
     decoder_draws: int = 4,
     control: bool = True,
     rows: int = 256,
-    clip: Clip | float | None = None,
 ) -> Procedure[Likelihood]:
     """The T-step bound: prior, a consistency term for each step, reconstruction (Ho et al. 2020, eq. 5).
 
@@ -366,14 +358,14 @@ def vlb_discrete(
     terms: evaluations an image, each at a step drawn by `importance` ('uniform', 'gamma': by the step's width, or
         positive weights, one a step, from noise-free to noise); None for every step.
     decoder: 'softmax' or 'gaussian' (DDPM's, of the model's variance, with `decoder_draws` more evaluations).
-    control, rows, clip: as in `vlb`. Published figures are of clipped x_hat, without which an eps-predicting network
-        pays for its error times s where there is most noise.
+    control, rows: as in `vlb`. Published figures are of clipped x_hat, without which an eps-predicting network pays
+         for its error times s where there is most noise.
 
     Raises:
         ValueError: pixels off the grid, gammas not descending or outside the network's range, too few of a count, no
             variance head where it is asked for, no finite number from the network.
     """
-    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws, clip)
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
     levels = _check_gammas(gammas, process, steps, spacing)
     if spacing == "t" and steps < FEW_STEPS:
         setting = replace(setting, repeats=REPEATS)
@@ -397,7 +389,6 @@ def ddim_bound(
     decoder_draws: int = 4,
     control: bool = True,
     rows: int = 256,
-    clip: Clip | float | None = None,
 ) -> Procedure[Likelihood]:
     """The bound of DDIM's process of variance eta^2 beta-tilde at each step; at eta = 1 that of `vlb_discrete`.
 
@@ -407,7 +398,7 @@ def ddim_bound(
         ValueError: as `vlb_discrete`; eta not positive (the bound is infinite), or so large that a step's variance
             exceeds the level it goes to (the step is named).
     """
-    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws, clip)
+    setting = _setting(x, process, noise, conditioning, pixels, rows, decoder_draws)
     levels = _check_gammas(gammas, process, steps)
     if not (0 < eta < math.inf):
         raise ValueError(f"likelihood ddim_bound: eta must be positive, got {eta:g}: without noise it is infinite")

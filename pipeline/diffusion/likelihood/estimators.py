@@ -4,8 +4,11 @@ Each is a generator of queries; it is told nothing of the network but the answer
 bounds.py, the solver of the ODE in ode.py, pixels and decoders in decoders.py. All sums are float64.
 """
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,9 +16,17 @@ from torch import Tensor
 
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.denoiser import Process
+from pipeline.diffusion.denoiser import Denoiser, Process
+from pipeline.diffusion.guidance import CLIP, clipped
 from pipeline.diffusion.likelihood import ode as flow
-from pipeline.diffusion.likelihood.bounds import ddim_bound, upper_log_variance, vlb, vlb_discrete
+from pipeline.diffusion.likelihood.bounds import (
+    FEW_STEPS,
+    REPEATS,
+    ddim_bound,
+    upper_log_variance,
+    vlb,
+    vlb_discrete,
+)
 from pipeline.diffusion.likelihood.continuous import Continuous
 from pipeline.diffusion.likelihood.decoders import DECODERS, DecoderTask, Grid, softmax_level
 from pipeline.diffusion.likelihood.estimate import (
@@ -27,12 +38,14 @@ from pipeline.diffusion.likelihood.estimate import (
     repeat_rows,
     sum_parts,
 )
+from pipeline.diffusion.options import options_of, with_defaults
 from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.procedure import Procedure
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.rows import row_sum
+from pipeline.diffusion.schedule import evenly
 
-__all__ = ["ESTIMATORS", "Likelihood", "PixelGrid", "ddim_bound", "ode", "vlb", "vlb_discrete"]
+__all__ = ["ESTIMATORS", "Estimator", "Likelihood", "PixelGrid", "ddim_bound", "ode", "vlb", "vlb_discrete"]
 
 EXACT_TRACE_LIMIT = 1024  # dimensions; the exact trace costs one vector-Jacobian product each
 
@@ -224,6 +237,113 @@ def ode(
     )
 
 
-Estimator = Callable[..., Procedure[Likelihood]]
+# --- the table --------------------------------------------------------------------------------------------------------
 
-ESTIMATORS: dict[str, Estimator] = {"vlb": vlb, "vlb_discrete": vlb_discrete, "ddim_bound": ddim_bound, "ode": ode}
+SOLVE = 128  # evaluations of a solve at a tolerance of 1e-3; 104 measured
+ORDERS = {"bosh3": 3, "dopri5": 5}  # evaluations grow as tolerance^(-1/order)
+PRODUCT_COST = 2  # a vector-Jacobian product in units of a network evaluation
+
+
+def _as_given(options: Mapping[str, Any], model: Denoiser) -> Mapping[str, Any]:
+    return options
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A procedure and all that callers go by: a new estimator is a procedure and its line in ESTIMATORS.
+
+    title: in reports. price: (dimensions, options, all of them) -> expected network evaluations an image.
+    needs: (options given, model) -> them completed by what the model says of itself; ValueError where it refuses them.
+    clips: x_hat may be clipped: the value is then that of the model that samples so.
+    of_latents: options where x are latents and the caller says nothing.
+    """
+
+    procedure: Callable[..., Procedure[Likelihood]]
+    title: str
+    price: Callable[[int, Mapping[str, Any]], float]
+    needs: Callable[[Mapping[str, Any], Denoiser], Mapping[str, Any]] = _as_given
+    clips: bool = False
+    of_latents: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @cached_property
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        """What a user may set."""
+        return options_of(self.procedure) | ({"clip": CLIP} if self.clips else {})
+
+    def evaluations(self, dimensions: int, options: Mapping[str, Any]) -> int:
+        """Expected network evaluations of an image of so many values."""
+        return max(1, math.ceil(self.price(dimensions, with_defaults(self.options, options))))
+
+    def start(
+        self, x: Tensor, process: Process, noise: Noise, conditioning: Conditioning, *, pixels: Grid, **options: Any
+    ) -> Procedure[Likelihood]:
+        """The procedure for images x (n, ...) in model space, or latents with pixels CONTINUOUS.
+
+        Raises:
+            ValueError: unknown option, clipped latents; while it runs, what the procedure itself refuses.
+        """
+        for name in options:
+            if name not in self.options:
+                raise ValueError(f"likelihood: there is no option '{name}', only {', '.join(self.options)}")
+        clip = options.pop("clip", None)
+        if clip is not None and isinstance(pixels, Continuous):
+            raise ValueError("likelihood: clip is a habit of pixels, latents have no range: leave it out")
+        return clipped(self.procedure(x, process, noise, conditioning, pixels=pixels, **options), clip)
+
+
+def _decoding(options: Mapping[str, Any]) -> int:
+    return 0 if options["decoder"] == "softmax" else int(options["decoder_draws"])
+
+
+def _price_of_levels(dimensions: int, options: Mapping[str, Any]) -> float:
+    return options["levels"] + _decoding(options)
+
+
+def _price_of_steps(dimensions: int, options: Mapping[str, Any]) -> float:
+    """Every step is asked once, the few of a short bound REPEATS times; or `terms` of them."""
+    if options.get("spacing") == "t":
+        steps = options["steps"] * (REPEATS if options["steps"] < FEW_STEPS else 1)
+    else:
+        steps = (options["steps"] if options["gammas"] is None else len(options["gammas"])) - 1
+    return (steps if options["terms"] is None else options["terms"]) + _decoding(options)
+
+
+def _price_of_a_solve(dimensions: int, options: Mapping[str, Any]) -> float:
+    products = dimensions if options["trace"] == "exact" else max(1, options["probes"])
+    finer = max(1.0, (1e-3 / options["tolerance"]) ** (1 / ORDERS.get(options["solver"], 3)))
+    return math.ceil(SOLVE * finer) * (1 + PRODUCT_COST * products) * max(1, options["samples"])
+
+
+def _of_table(options: Mapping[str, Any], model: Denoiser) -> Mapping[str, Any]:
+    """A bound over steps is that of the model's own table, where its law has one: all of it, or `steps` of its levels
+    evenly by index (`gammas` names any others), with the learned variance where there is one, and the Gaussian decoder
+    that a table was trained with. A law without a table has `steps` levels uniform in gamma.
+    """
+    table = model.schedule.table
+    if table is None:
+        return options
+    own: dict[str, Any] = {"decoder": "gaussian"}
+    if options.get("gammas") is None and options.get("spacing") != "t":
+        steps = options.get("steps", len(table))
+        if not (isinstance(steps, int) and 3 <= steps <= len(table)):
+            raise ValueError(f"likelihood: steps must be an integer in 3..{len(table)}, the table's, got {steps}")
+        own["gammas"] = evenly(table, steps)
+    return own | {name: value for name, value in options.items() if value is not None}
+
+
+def _of_table_and_variance(options: Mapping[str, Any], model: Denoiser) -> Mapping[str, Any]:
+    learned = {"variance": "learned"} if model.schedule.table is not None and model.learned_variance else {}
+    return learned | dict(_of_table(options, model))
+
+
+# bounds of a sampler's steps end, on latents, in its last move; the solver's own scale there is that of normalised ones
+ESTIMATORS: dict[str, Estimator] = {
+    "vlb": Estimator(vlb, "variational bound", _price_of_levels, clips=True),
+    "vlb_discrete": Estimator(
+        vlb_discrete, "bound over T steps", _price_of_steps, _of_table_and_variance, True, {"decoder": "gaussian"}
+    ),
+    "ddim_bound": Estimator(
+        ddim_bound, "DDIM's bound over T steps", _price_of_steps, _of_table, True, {"decoder": "gaussian"}
+    ),
+    "ode": Estimator(ode, "probability-flow ODE", _price_of_a_solve, of_latents={"data_std": 0.9}),
+}

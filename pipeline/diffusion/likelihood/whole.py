@@ -30,15 +30,6 @@ from pipeline.diffusion.rows import row_sum
 
 ENCODE, DECODE = "encode", "decode"
 
-# what an estimator is given on latents where the caller says nothing: the bounds of a sampler's steps end in its last
-# move, and the solver's own scale is that of normalised latents
-LATENT_OPTIONS: dict[str, dict[str, Any]] = {
-    "vlb": {},
-    "vlb_discrete": {"decoder": "gaussian"},
-    "ddim_bound": {"decoder": "gaussian"},
-    "ode": {"data_std": 0.9},
-}
-
 
 @dataclass(frozen=True)
 class Whole:
@@ -66,8 +57,9 @@ class Whole:
 
     def cost(self, z: Tensor, noise: Noise, conditioning: Conditioning) -> Procedure[Likelihood]:
         """-log p(z | c), (m,) nats of latents (m, ...), by the estimator."""
-        options = LATENT_OPTIONS.get(self.estimator, {}) | dict(self.options)
-        return ESTIMATORS[self.estimator](z, self.process, noise, conditioning, pixels=CONTINUOUS, **options)
+        estimator = ESTIMATORS[self.estimator]
+        options = {**estimator.of_latents, **self.options}
+        return estimator.start(z, self.process, noise, conditioning, pixels=CONTINUOUS, **options)
 
 
 def codec_answerers(

@@ -114,7 +114,7 @@ def table_of(schedule: Schedule, purpose: str) -> Tensor:
     Raises:
         ValueError: the schedule has no steps.
     """
-    table = getattr(schedule, "table", None)
+    table = schedule.table
     if table is None:
         raise ValueError(
             f"{purpose} needs a schedule of discrete steps (linear_beta, cosine), got {type(schedule).__name__}"

@@ -100,7 +100,7 @@ class Simple:
     stratified: Annotated[bool, "spread the levels of the global batch evenly over the steps (less variance)"] = True
 
     def loss(self, denoiser: Denoiser, x: Tensor, conditioning: Conditioning, key: StepKey) -> Loss:
-        density = "table" if hasattr(denoiser.schedule, "table") else "schedule"
+        density = "schedule" if denoiser.schedule.table is None else "table"
         return Weighted("eps", density, self.stratified).loss(denoiser, x, conditioning, key)
 
 

@@ -224,7 +224,7 @@ class OracleNetwork(nn.Module):
             return self.schedule.gamma_min + (self.schedule.gamma_max - self.schedule.gamma_min) * level
         if self.level == "log_sigma":
             return 8 * level
-        table: Tensor | None = getattr(self.schedule, "table", None)
+        table = self.schedule.table
         return self.schedule.gamma(level / ((1000 if table is None else len(table)) - 1))
 
     def forward(self, scaled: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:

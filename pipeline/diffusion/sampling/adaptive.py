@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
-from pipeline.diffusion.guidance import Clip, clipped
 from pipeline.diffusion.procedure import Answer, Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.rows import row_sum, shaped
@@ -36,7 +35,6 @@ def adaptive(
     tolerance: float = 1e-3,
     solver: str = "dopri5",
     max_evaluations: int = 2000,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """From the first level of the grid to its last, then x_hat there at no further query; what lies between is ignored.
 
@@ -48,7 +46,7 @@ def adaptive(
             an answer that is not finite.
     """
     grid = levels(gammas, y)
-    return clipped(adaptive_walk(y, grid, conditioning, tolerance, solver, max_evaluations), clip)
+    return adaptive_walk(y, grid, conditioning, tolerance, solver, max_evaluations)
 
 
 def adaptive_walk(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.choose import choose
-from pipeline.diffusion.schedule import Schedule
+from pipeline.diffusion.schedule import Schedule, evenly
 
 
 def _uniform_t(schedule: Schedule, steps: int) -> Tensor:
@@ -25,7 +25,7 @@ def _rho(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
 
 
 def _table(schedule: Schedule, name: str) -> Tensor:
-    table = getattr(schedule, "table", None)
+    table = schedule.table
     if table is None:
         raise ValueError(
             f"grid '{name}' picks from a table of discrete steps, which {type(schedule).__name__} has not; "
@@ -49,8 +49,7 @@ def _trailing(schedule: Schedule, steps: int) -> Tensor:
 
 def _linspace(schedule: Schedule, steps: int) -> Tensor:
     """Indices round(i (T - 1) / (N - 1)): both ends included."""
-    table = _table(schedule, "linspace")
-    return table[torch.linspace(0, len(table) - 1, steps, dtype=torch.float64).round().long()].flip(0)
+    return evenly(_table(schedule, "linspace"), steps)
 
 
 def _quadratic(schedule: Schedule, steps: int) -> Tensor:

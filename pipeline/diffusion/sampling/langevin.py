@@ -12,7 +12,6 @@ from torch import Tensor
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
-from pipeline.diffusion.guidance import Clip, clipped
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.rows import row_sum, shaped
@@ -45,7 +44,6 @@ def langevin(
     level: float | None = None,
     finish: str = "x_hat",
     process: Process | None = None,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """Annealed Langevin dynamics (Song & Ermon 2019, algorithm 1), then x_hat at the last level; defaults of NCSNv2.
 
@@ -69,7 +67,7 @@ def langevin(
         grid = levels(one, y) * len(grid)
     repeated = [g for g in grid for _ in range(steps_per_level)]
     moves = langevin_moves(repeated, step_size)
-    return clipped(walk(y, [*repeated, grid[-1]], moves, noise, conditioning, finish=finish == "x_hat"), clip)
+    return walk(y, [*repeated, grid[-1]], moves, noise, conditioning, finish=finish == "x_hat")
 
 
 def predictor_corrector(
@@ -83,7 +81,6 @@ def predictor_corrector(
     corrector_steps: int = 1,
     snr: float = 0.16,
     process: Process | None = None,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """Predictor-corrector (Song et al. 2021, algorithms 2-5): Langevin steps at a level, then a move to the next.
 
@@ -109,7 +106,7 @@ def predictor_corrector(
     if corrector_steps and min(alphas) <= 0:
         raise ValueError(f"sde '{sde}': the corrector needs steps of beta below 1, got {1 - min(alphas):.4g}: use more")
     rates = [snr * math.sqrt(max(alpha, 0.0)) for alpha in alphas]
-    return clipped(_predict_correct(y, grid, moves, noise, conditioning, corrector_steps, rates), clip)
+    return _predict_correct(y, grid, moves, noise, conditioning, corrector_steps, rates)
 
 
 def _norm(image: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def step_betas(grid: Sequence[float], sde: str, law: Schedule, *, tabled: bool =
     the published table of N steps has it, which for N levels runs from the first level's time to tau = 0.
     """
     gamma = torch.tensor(list(grid), dtype=torch.float64)
-    if hasattr(law, "table"):
+    if law.table is not None:
         log_signal = torch.cat([-2 * torch.log(SCALINGS[sde](gamma)), gamma.new_zeros(1)])
         return floats(torch.expm1(log_signal.diff()).neg())
     tau = _t_min(law) + (1 - _t_min(law)) * law.time(gamma).detach()

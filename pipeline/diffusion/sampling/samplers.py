@@ -8,8 +8,9 @@ called as
 y: (n, ...) the start at gammas[0], owned by the procedure, which overwrites it. gammas: float64 (steps,), strictly
 descending, the levels to query. noise: one generator an image, read only where a move adds noise. The last move goes to
 s = 0, where y is x_hat, and that is what the procedure returns. Coefficients are Python floats, computed once at the
-call; bad options raise there, not in a step. `clip` limits x_hat (see `guidance.clipped`); eps_hat = (y - x_hat) / s
-follows it, being never stored. First-order samplers are here, the others in the modules they are imported from.
+call; bad options raise there, not in a step. `Sampler.start` puts the limit of x_hat, option `clip`, around any
+of them; eps_hat = (y - x_hat) / s follows it, being never stored. First-order samplers are here, the others in the
+modules they are imported from.
 """
 
 import inspect
@@ -25,8 +26,9 @@ from torch import Tensor
 from pipeline.choose import choose
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
-from pipeline.diffusion.guidance import Clip, clipped
+from pipeline.diffusion.guidance import CLIP, clipped
 from pipeline.diffusion.likelihood.decoders import decoded_pixels
+from pipeline.diffusion.options import options_of
 from pipeline.diffusion.pixels import PixelGrid
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
@@ -56,7 +58,6 @@ def ddim(
     eta: float | Sequence[float] = 0.0,
     sigma_1: float | str = 0.0,
     process: Process | None = None,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """DDIM with any eta, one value or one a move: 0 deterministic, 1 DDPM's posterior variance. See `ddim_moves`.
 
@@ -72,7 +73,7 @@ def ddim(
     else:
         deviation = float(sigma_1)
     grid = levels(gammas, y)
-    procedure = clipped(walk(y, grid, ddim_moves(grid, eta), noise, conditioning), clip)
+    procedure = walk(y, grid, ddim_moves(grid, eta), noise, conditioning)
     return procedure if deviation == 0 else _noised(procedure, deviation, noise)
 
 
@@ -81,11 +82,9 @@ def _noised(procedure: Procedure[Tensor], deviation: float, noise: Noise) -> Pro
     return torch.add(x_hat, noise.normal_like(x_hat), alpha=deviation)
 
 
-def euler(
-    y: Tensor, gammas: Tensor, noise: Noise, conditioning: Conditioning, *, clip: Clip | float | None = None
-) -> Procedure[Tensor]:
+def euler(y: Tensor, gammas: Tensor, noise: Noise, conditioning: Conditioning) -> Procedure[Tensor]:
     """Euler on the probability flow in s. In y this is DDIM with eta 0, exactly (Karras et al. 2022)."""
-    return ddim(y, gammas, noise, conditioning, clip=clip)
+    return ddim(y, gammas, noise, conditioning)
 
 
 def euler_ancestral(
@@ -95,11 +94,10 @@ def euler_ancestral(
     conditioning: Conditioning,
     *,
     eta: float = 1.0,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """Euler's step too far and fresh noise back. See `euler_ancestral_moves`."""
     grid = levels(gammas, y)
-    return clipped(walk(y, grid, euler_ancestral_moves(grid, eta), noise, conditioning), clip)
+    return walk(y, grid, euler_ancestral_moves(grid, eta), noise, conditioning)
 
 
 def sde(
@@ -110,14 +108,13 @@ def sde(
     *,
     lam: float | Sequence[float] | str = 1.0,
     process: Process | None = None,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """Every process between the probability flow (lam 0) and the reverse SDE (lam 1), and beyond. See `sde_moves`.
 
     lam: one value, one a move, or a formula of t, gamma and s = sigma / alpha, such as 't' or 'sqrt(1 - t)'.
     """
     grid = levels(gammas, y)
-    return clipped(walk(y, grid, sde_moves(grid, lam, process), noise, conditioning), clip)
+    return walk(y, grid, sde_moves(grid, lam, process), noise, conditioning)
 
 
 def ancestral(
@@ -129,7 +126,6 @@ def ancestral(
     variance: str = "posterior",
     finish: str = "x_hat",
     process: Process | None = None,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2).
 
@@ -149,7 +145,6 @@ def ancestral(
         procedure = _learned(y, grid, upper, ancestral_moves(grid), noise, conditioning, finish=asked)
     else:
         procedure = walk(y, grid, ancestral_moves(grid, variance, process), noise, conditioning, finish=asked)
-    procedure = clipped(procedure, clip)
     return procedure if asked else _decoded(procedure, grid[-1], noise if finish == "draw" else None)
 
 
@@ -217,19 +212,14 @@ class Sampler:
     grid: str = "uniform_t"
 
     @cached_property
-    def _keywords(self) -> Mapping[str, Any]:
-        parameters = inspect.signature(self.procedure).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        """What a user may set."""
+        return options_of(self.procedure) | {"clip": CLIP}
 
-    @property
+    @cached_property
     def needs_process(self) -> bool:
         """It takes the model's facts as option `process`; `start` gives them."""
-        return "process" in self._keywords
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Name and default of each option but `process`."""
-        return {name: default for name, default in self._keywords.items() if name != "process"}
+        return "process" in inspect.signature(self.procedure).parameters
 
     def start(
         self, process: Process, y: Tensor, gammas: Tensor, noise: Noise, conditioning: Conditioning, **options: Any
@@ -243,9 +233,10 @@ class Sampler:
             if name not in self.options:
                 raise ValueError(f"sampler has no option '{name}'; it has: {', '.join(self.options)}")
         process.check_levels(gammas)
+        clip = options.pop("clip", None)
         if self.needs_process:
             options["process"] = process
-        return self.procedure(y, gammas, noise, conditioning, **options)
+        return clipped(self.procedure(y, gammas, noise, conditioning, **options), clip)
 
 
 def _one_a_step(steps: int, **_: Any) -> int:

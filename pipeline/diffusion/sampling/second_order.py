@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Process
-from pipeline.diffusion.guidance import Clip, clipped
 from pipeline.diffusion.procedure import Procedure, Query
 from pipeline.diffusion.randomness import Noise
 from pipeline.diffusion.sampling.grids import nearest
@@ -32,7 +31,6 @@ def heun(
     churn_noise: float = 1.0,
     churn_last: bool = False,
     process: Process | None = None,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """EDM's second-order sampler (Karras et al. 2022, algorithm 2): 2 steps - 1 queries.
 
@@ -52,7 +50,7 @@ def heun(
         raised = [
             max(g, low) for g, low in zip(floats(nearest(torch.tensor(raised), process.nodes)), grid, strict=True)
         ]
-    return clipped(heun_walk(y, grid, raised, churn_noise, noise, conditioning), clip)
+    return heun_walk(y, grid, raised, churn_noise, noise, conditioning)
 
 
 def heun_walk(
@@ -143,12 +141,10 @@ def two_step_walk(
     return (yield Query(y, level[-1], conditioning, shared=grid[-1])).x_hat
 
 
-def dpmpp_2m(
-    y: Tensor, gammas: Tensor, noise: Noise, conditioning: Conditioning, *, clip: Clip | float | None = None
-) -> Procedure[Tensor]:
+def dpmpp_2m(y: Tensor, gammas: Tensor, noise: Noise, conditioning: Conditioning) -> Procedure[Tensor]:
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order from one query a step. See `two_step_moves`."""
     grid = levels(gammas, y)
-    return clipped(two_step_walk(y, grid, two_step_moves(grid), noise, conditioning), clip)
+    return two_step_walk(y, grid, two_step_moves(grid), noise, conditioning)
 
 
 def dpmpp_2m_sde(
@@ -158,8 +154,7 @@ def dpmpp_2m_sde(
     conditioning: Conditioning,
     *,
     eta: float = 1.0,
-    clip: Clip | float | None = None,
 ) -> Procedure[Tensor]:
     """The SDE form of DPM-Solver++ 2M (Lu et al. 2022, section 4.3); eta 0 is `dpmpp_2m`. See `two_step_moves`."""
     grid = levels(gammas, y)
-    return clipped(two_step_walk(y, grid, two_step_moves(grid, eta), noise, conditioning), clip)
+    return two_step_walk(y, grid, two_step_moves(grid, eta), noise, conditioning)

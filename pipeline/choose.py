@@ -2,10 +2,16 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'NEAR'?)" with the nearest of the known names, or ''."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def choose(table: Mapping[str, T], name: str, kind: str) -> T:
@@ -16,9 +22,7 @@ def choose(table: Mapping[str, T], name: str, kind: str) -> T:
     """
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f" (did you mean '{near[0]}'?)" if near else ""
-    raise ValueError(f"unknown {kind} '{name}'{hint}; choose one of: {', '.join(table)}")
+    raise ValueError(f"unknown {kind} '{name}'{did_you_mean(name, table)}; choose one of: {', '.join(table)}")
 
 
 def build(table: Mapping[str, Callable[..., T]], spec: Mapping[str, Any], kind: str) -> T:
@@ -35,8 +39,7 @@ def build(table: Mapping[str, Callable[..., T]], spec: Mapping[str, Any], kind: 
     valid = inspect.signature(make).parameters
     for option in options:
         if option not in valid:
-            near = difflib.get_close_matches(option, valid, n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            hint = did_you_mean(option, valid)
             raise ValueError(
                 f"{kind} '{name}' has no option '{option}'{hint}; its options: {', '.join(valid) or 'none'}"
             )

@@ -4,7 +4,6 @@ Each section is a dataclass that lives beside its owner. An unknown key is an er
 of a key is the text beside its type.
 """
 
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 from pipeline import places
+from pipeline.choose import did_you_mean
 from pipeline.data.making.shards import ShardConfig
 from pipeline.data.reading.stream import StreamConfig
 from pipeline.evaluation import EvaluationConfig
@@ -127,8 +127,7 @@ def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
     valid = [f.name for f in fields(cls)]
     for key, value in values.items():
         if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            hint = did_you_mean(key, valid)
             place = f"in section '{where}'" if where else "at the top"
             raise ValueError(f"unknown key '{key}' {place}{hint}; valid keys: {', '.join(valid)}")
         section = hints[key]

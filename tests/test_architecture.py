@@ -14,13 +14,13 @@ STANDARD = set(sys.stdlib_module_names)
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/choose.py": (set(), set()),
     "pipeline/folders.py": (set(), {"torch", "safetensors"}),
-    "pipeline/diffusion": ({"pipeline.choose"}, {"torch", "jaxtyping"}),
+    "pipeline/diffusion": ({"pipeline.choose"}, {"torch"}),
     "pipeline/schedulers.py": ({"pipeline.choose", "pipeline.diffusion"}, {"torch"}),
     "pipeline/text": (
         {"pipeline.choose", "pipeline.folders"},
         {"torch", "safetensors", "tokenizers", "sentencepiece"},
     ),
-    "pipeline/backbones": ({"pipeline.choose", "pipeline.diffusion"}, {"torch", "jaxtyping"}),
+    "pipeline/backbones": ({"pipeline.choose", "pipeline.diffusion"}, {"torch"}),
     "pipeline/storage": (set(), {"numpy", "boto3", "botocore", "pyarrow"}),
     "pipeline/data/formats": ({"pipeline.choose"}, {"numpy", "cv2", "isal", "PIL", "simplejpeg"}),
     "pipeline/data/sets": ({"pipeline.choose", "pipeline.storage", "pipeline.data.formats"}, {"numpy", "pyarrow"}),
@@ -104,6 +104,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/places.py": (set(), set()),
     "pipeline/config.py": (
         {
+            "pipeline.choose",
             "pipeline.data",
             "pipeline.storage",
             "pipeline.evaluation",

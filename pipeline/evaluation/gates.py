@@ -1,10 +1,10 @@
 """What a model must measure up to before it is registered: bounds from a file, each met by a whole interval."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.choose import did_you_mean
 from pipeline.evaluation.measure import Evaluation
 from pipeline.evaluation.statistics import Estimate
 
@@ -73,7 +73,6 @@ def missed(gates: Sequence[Gate], found: Evaluation) -> list[str]:
     known = measures(found)
     for gate in gates:
         if gate.measure not in known:
-            near = difflib.get_close_matches(gate.measure, known, n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            hint = did_you_mean(gate.measure, known)
             raise ValueError(f"gate '{gate.measure}' is not of what was measured{hint}: {', '.join(sorted(known))}")
     return [line for gate in gates if (line := gate.missed(known[gate.measure])) is not None]

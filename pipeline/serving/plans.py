@@ -1,7 +1,6 @@
 """From a request to a plan: checked against the model and priced (images x network evaluations x pixels) before
 anything is allocated for it. The plan builds the procedure."""
 
-import difflib
 import inspect
 import json
 import math
@@ -13,7 +12,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from pipeline.choose import choose
+from pipeline.choose import choose, did_you_mean
 from pipeline.conditioner import KINDS, ConditionError
 from pipeline.data.formats import codecs, fit, headers
 from pipeline.diffusion.conditioning import Conditioning
@@ -312,8 +311,7 @@ def _checked_options(
     checked: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            hint = did_you_mean(name, known)
             names = ", ".join(known) or "none"
             raise RequestError(f"{kind} has no option '{name[:64]}'{hint}; its options: {names}", name[:64])
         kinds, _ = known[name]

@@ -2,12 +2,12 @@
 
 import base64
 import binascii
-import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.choose import did_you_mean
 from pipeline.serving.refusals import RequestError
 
 OptionValue = bool | int | float | str | None | list[float]
@@ -122,8 +122,7 @@ def parse_body(body: type[Asked], data: Any) -> Asked:
     name = place[0] if place else None
     if first["type"] == "extra_forbidden" and name is not None:
         valid = list(body.model_fields)
-        near = difflib.get_close_matches(name, valid, n=1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        hint = did_you_mean(name, valid)
         message = f"unknown field '{name[:64]}'{hint}; valid fields: {', '.join(valid)}"
         raise RequestError(message, name[:64], code="unknown_parameter")
     if first["type"] == "missing":

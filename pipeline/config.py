@@ -17,6 +17,7 @@ from pipeline.data.making.shards import ShardConfig
 from pipeline.data.reading.stream import StreamConfig
 from pipeline.evaluation import EvaluationConfig
 from pipeline.model import ModelConfig
+from pipeline.ranges import Range, check, range_of
 from pipeline.serving.config import ServingConfig
 from pipeline.training.config import TrainingConfig
 
@@ -29,28 +30,25 @@ class ClusterConfig:
         str | None, "Ray cluster to join; null: the one around this job (RAY_ADDRESS), else start one here"
     ] = None
     workers: Annotated[
-        int | tuple[int, int], "training processes (DDP ranks); [min, max]: as many of them as the nodes hold"
+        int | tuple[int, int],
+        "training processes (DDP ranks); [min, max]: as many of them as the nodes hold",
+        Range(ge=1),
     ] = 1
-    resize_s: Annotated[float, "seconds between two looks whether [min, max] workers can become more"] = 60.0
-    cpus_per_worker: Annotated[float, "CPU cores a training process asks for"] = 1.0
-    gpus_per_worker: Annotated[float, "GPUs a training process asks for; 0 trains on CPU with gloo"] = 0.0
+    resize_s: Annotated[
+        float, "seconds between two looks whether [min, max] workers can become more", Range(ge=0.1)
+    ] = 60.0
+    cpus_per_worker: Annotated[float, "CPU cores a training process asks for", Range(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, "GPUs a training process asks for; 0 trains on CPU with gloo", Range(ge=0)] = 0.0
     max_failures: Annotated[int, "restarts from the newest checkpoint before a run is given up; -1 for no limit"] = 3
-    hang_factor: Annotated[float, "workers are restarted where a step takes this many times the median step"] = 20.0
-    hang_floor_s: Annotated[float, "but never before so many seconds without a step; 0: never"] = 300.0
+    hang_factor: Annotated[
+        float, "workers are restarted where a step takes this many times the median step", Range(ge=1)
+    ] = 20.0
+    hang_floor_s: Annotated[float, "but never before so many seconds without a step; 0: never", Range(ge=0)] = 300.0
 
     def __post_init__(self) -> None:
-        if self.fewest_workers < 1:
-            raise ValueError(f"cluster.workers must be at least 1, got {self.workers}")
+        check(self, "cluster")
         if self.fewest_workers > self.most_workers:
             raise ValueError(f"cluster.workers must be a number or [min, max], got {self.workers}")
-        for name, least in {"resize_s": 0.1, "hang_factor": 1.0, "hang_floor_s": 0.0}.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"cluster.{name} must be at least {least:g}, got {getattr(self, name):g}")
-        if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
-            raise ValueError(
-                f"cluster: cpus_per_worker must be positive and gpus_per_worker 0 or more, "
-                f"got {self.cpus_per_worker:g} and {self.gpus_per_worker:g}"
-            )
 
     @property
     def fewest_workers(self) -> int:
@@ -285,4 +283,5 @@ def _describe(cls: type, prefix: str, sections: set[str] | None) -> Iterator[str
             continue
         meta = get_args(hints[item.name])[1:] if typing.get_origin(hints[item.name]) is Annotated else ()
         text = next((m for m in meta if isinstance(m, str)), "")
-        yield f"  {prefix}{item.name:<{max(1, 30 - len(prefix))}} {text} [{_default(item)}]"
+        allowed = f" ({found})" if (found := range_of(hints[item.name])) else ""
+        yield f"  {prefix}{item.name:<{max(1, 30 - len(prefix))}} {text}{allowed} [{_default(item)}]"

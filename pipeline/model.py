@@ -35,6 +35,7 @@ from pipeline.diffusion.sampling.samplers import SAMPLERS, prior
 from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.diffusion.space import Space
+from pipeline.ranges import Range, check
 
 FILES = ("model.safetensors", "config.json", "card.json")
 SCORED_TOGETHER = 16  # rows of every network call of a score: so its bits do not depend on what is scored beside it
@@ -44,9 +45,9 @@ SCORED_TOGETHER = 16  # rows of every network call of a score: so its bits do no
 class ModelConfig:
     """What a model is: enough to build its network and to know how it was trained to denoise."""
 
-    size: Annotated[int, "image height and width, pixels"]
+    size: Annotated[int, "image height and width, pixels", Range(ge=1)]
     channels: Annotated[int, "colour channels: 1 or 3"] = 3
-    classes: Annotated[int, "number of classes, or of tags; 0 for an unconditional model"] = 0
+    classes: Annotated[int, "number of classes, or of tags; 0 for an unconditional model", Range(ge=0)] = 0
     condition: Annotated[str, "what the network is told of an image: labels (its class), tags (any of several)"] = (
         "labels"
     )
@@ -68,12 +69,9 @@ class ModelConfig:
     learned_variance: Annotated[bool, "the network also outputs IDDPM's variance interpolation v"] = False
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"model.size must be at least 1, got {self.size}")
+        check(self, "model")
         if self.channels not in (1, 3):
             raise ValueError(f"model.channels must be 1 or 3, got {self.channels}")
-        if self.classes < 0:
-            raise ValueError(f"model.classes must be 0 or more, got {self.classes}")
         choose(KINDS, self.condition, "model.condition")
 
     @property

@@ -13,6 +13,7 @@ STANDARD = set(sys.stdlib_module_names)
 # layer -> (project modules it may import, third-party packages it may import); data flows top to bottom
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/choose.py": (set(), set()),
+    "pipeline/ranges.py": (set(), set()),
     "pipeline/folders.py": (set(), {"torch", "safetensors"}),
     "pipeline/diffusion": ({"pipeline.choose"}, {"torch"}),
     "pipeline/schedulers.py": ({"pipeline.choose", "pipeline.diffusion"}, {"torch"}),
@@ -25,7 +26,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/data/formats": ({"pipeline.choose"}, {"numpy", "cv2", "isal", "PIL", "simplejpeg"}),
     "pipeline/data/sets": ({"pipeline.choose", "pipeline.storage", "pipeline.data.formats"}, {"numpy", "pyarrow"}),
     "pipeline/data/config.py": (
-        {"pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets"},
+        {"pipeline.ranges", "pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets"},
         set(),
     ),
     "pipeline/data/making": (
@@ -40,6 +41,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/data/__init__.py": ({"pipeline.data"}, set()),
     "pipeline/training": (
         {
+            "pipeline.ranges",
             "pipeline.choose",
             "pipeline.conditioner",
             "pipeline.diffusion",
@@ -51,6 +53,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pipeline/model.py": (
         {
+            "pipeline.ranges",
             "pipeline.choose",
             "pipeline.conditioner",
             "pipeline.diffusion",
@@ -66,6 +69,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pipeline/evaluation": (
         {
+            "pipeline.ranges",
             "pipeline.choose",
             "pipeline.conditioner",
             "pipeline.diffusion",
@@ -77,6 +81,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pipeline/serving": (
         {
+            "pipeline.ranges",
             "pipeline.choose",
             "pipeline.conditioner",
             "pipeline.diffusion",
@@ -104,6 +109,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/places.py": (set(), set()),
     "pipeline/config.py": (
         {
+            "pipeline.ranges",
             "pipeline.choose",
             "pipeline.data",
             "pipeline.storage",

@@ -7,6 +7,7 @@ from pipeline import storage
 from pipeline.choose import choose
 from pipeline.data.formats import codecs, fit, headers
 from pipeline.data.sets.manifest import ImageSpec
+from pipeline.ranges import Range, check
 
 
 @dataclass(frozen=True)
@@ -14,19 +15,23 @@ class StreamConfig:
     """What the training stream reads and how far ahead."""
 
     url: Annotated[str, "the shard set, a folder or s3:// prefix"]
-    batch_size: Annotated[int, "images of the global batch, over all workers"] = 128
-    logical_shards: Annotated[int, "parts of the global batch, fixed for a run whatever the number of workers"] = 2
-    window: Annotated[int, "tar shards shuffled together"] = 8
+    batch_size: Annotated[int, "images of the global batch, over all workers", Range(ge=1)] = 128
+    logical_shards: Annotated[
+        int, "parts of the global batch, fixed for a run whatever the number of workers", Range(ge=1)
+    ] = 2
+    window: Annotated[int, "tar shards shuffled together", Range(ge=1)] = 8
     seed: Annotated[int, "of order and augmentation"] = 0
-    flip: Annotated[float, "probability of mirroring an image left to right"] = 0.0
-    readers: Annotated[int, "threads, or Ray tasks at a time, a worker"] = 2
-    reader_cpus: Annotated[float, "CPUs a Ray reader task asks for"] = 0.25
-    read_ahead_bytes: Annotated[int, "decoded bytes read ahead, a worker"] = 256 << 20
+    flip: Annotated[float, "probability of mirroring an image left to right", Range(ge=0, le=1)] = 0.0
+    readers: Annotated[int, "threads, or Ray tasks at a time, a worker", Range(ge=1)] = 2
+    reader_cpus: Annotated[float, "CPUs a Ray reader task asks for", Range(ge=0)] = 0.25
+    read_ahead_bytes: Annotated[int, "decoded bytes read ahead, a worker", Range(ge=1)] = 256 << 20
     cache_bytes: Annotated[
-        int, "verified shard bytes a reading process keeps; at best window x shard size x logical shards of a worker"
+        int,
+        "verified shard bytes a reading process keeps; at best window x shard size x logical shards of a worker",
+        Range(ge=0),
     ] = 512 << 20
     disk_cache_bytes: Annotated[
-        int, "shard bytes a node keeps on disk (in TMPDIR) for all its readers of sets on S3; 0: none"
+        int, "shard bytes a node keeps on disk (in TMPDIR) for all its readers of sets on S3; 0: none", Range(ge=0)
     ] = 16 << 30
     on_damage: Annotated[
         str, "damaged shard: fail, or quarantine (use its whole samples; others of the window stand in for the rest)"
@@ -36,18 +41,11 @@ class StreamConfig:
     ] = ""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "logical_shards", "window", "readers", "read_ahead_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check(self)
         if self.batch_size % self.logical_shards:
             raise ValueError(
                 f"batch_size must be a multiple of logical_shards; got {self.batch_size} and {self.logical_shards}"
             )
-        if not 0.0 <= self.flip <= 1.0:
-            raise ValueError(f"flip must be a probability; got {self.flip}")
-        for name in ("cache_bytes", "disk_cache_bytes", "reader_cpus"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         choose(ON_DAMAGE, self.on_damage, "on_damage")
 
     @property
@@ -71,10 +69,10 @@ class ShardConfig:
 
     source: Annotated[str, "folder or s3:// prefix of images (sub-folders are classes), or of .tar or .parquet files"]
     url: Annotated[str, "where the set goes, a folder or s3:// prefix; more images there later give a new version"]
-    image_size: Annotated[int, "side of the square images, pixels"] = 64
+    image_size: Annotated[int, "side of the square images, pixels", Range(ge=1, le=4096)] = 64
     channels: Annotated[int, "1 grey, 3 RGB"] = 3
     encoding: Annotated[str, "png, webp (smaller, lossless), jpg (lossy), or raw (pixels, for tiny images)"] = "png"
-    quality: Annotated[int, "of jpg, 1 to 100"] = 95
+    quality: Annotated[int, "of jpg, 1 to 100", Range(ge=1, le=100)] = 95
     resize: Annotated[str, "centre-crop, squash, or exact (refuse other sizes)"] = "centre-crop"
     classes: Annotated[bool, "take classes: the first sub-folder, or what class_field names"] = True
     class_field: Annotated[str, "tar: suffix of the class member [cls]; Parquet: column of the class [label]"] = ""
@@ -82,15 +80,15 @@ class ShardConfig:
     caption_field: Annotated[str, "tar: suffix of the caption, such as txt; Parquet: column; empty: no captions"] = ""
     image_field: Annotated[str, "Parquet: column of image bytes or URLs; empty: image, jpg, png, webp, url"] = ""
     image_root: Annotated[str, "Parquet: where image URLs must lie, a folder or s3:// prefix; empty: the source"] = ""
-    held_out: Annotated[float, "fraction of images held out, chosen by content"] = 0.1
+    held_out: Annotated[float, "fraction of images held out, chosen by content", Range(ge=0, lt=1)] = 0.1
     duplicates: Annotated[str, "exact copies (equal pixels): keep, or drop"] = "keep"
     removals: Annotated[str, "file with a sha256 a line: these images are left out from the next version on"] = ""
     mixture: Annotated[
         dict[str, float], "instead of a source: finished sets by URL with weights; url becomes their mixture"
     ] = field(default_factory=dict)
-    samples_per_shard: Annotated[int, "images a shard; 0: as many as give about 64 MiB of pixels"] = 0
-    max_image_bytes: Annotated[int, "largest encoded image read, bytes"] = 64 << 20
-    max_image_pixels: Annotated[int, "largest image decoded, pixels"] = 64_000_000
+    samples_per_shard: Annotated[int, "images a shard; 0: as many as give about 64 MiB of pixels", Range(ge=0)] = 0
+    max_image_bytes: Annotated[int, "largest encoded image read, bytes", Range(ge=1)] = 64 << 20
+    max_image_pixels: Annotated[int, "largest image decoded, pixels", Range(ge=1)] = 64_000_000
     kind: Annotated[str, "of a source with files of several kinds: images, tars or tables; empty: what is there"] = ""
     key: Annotated[
         str,
@@ -106,21 +104,13 @@ class ShardConfig:
         for name in ("image_root", "removals"):
             if getattr(self, name):
                 storage.parse(getattr(self, name))
-        if not 1 <= self.image_size <= 4096:
-            raise ValueError(f"image_size must be 1 to 4096 pixels; got {self.image_size}")
+        check(self)
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {self.channels}")
         choose(codecs.ENCODERS, self.encoding, "encoding")
         choose(fit.POLICIES, self.resize, "resize policy")
         choose(DUPLICATES, self.duplicates, "duplicates policy")
         choose(KEYS, self.key, "key rule")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality must be 1 to 100; got {self.quality}")
-        if not 0.0 <= self.held_out < 1.0:
-            raise ValueError(f"held_out must be a fraction, 0 <= held_out < 1; got {self.held_out}")
-        for name, least in (("samples_per_shard", 0), ("max_image_bytes", 1), ("max_image_pixels", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
 
     @property
     def spec(self) -> ImageSpec:

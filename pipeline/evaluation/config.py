@@ -7,47 +7,43 @@ from pipeline.choose import choose
 from pipeline.diffusion.likelihood.estimators import ESTIMATORS
 from pipeline.diffusion.sampling.samplers import SAMPLERS
 from pipeline.model import SCORED_TOGETHER, Sampling
+from pipeline.ranges import Range, check
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """How a trained model is measured."""
 
-    samples: Annotated[int, "images sampled and judged, classes in equal numbers, without guidance"] = 1000
+    samples: Annotated[int, "images sampled and judged, classes in equal numbers, without guidance", Range(ge=2)] = 1000
     sampling: Sampling = field(default_factory=Sampling)
     estimators: Annotated[dict[str, dict[str, Any]], "likelihood estimators by name, each with its options"] = field(
         default_factory=lambda: {"vlb": {}, "ode": {}}
     )
-    images: Annotated[int, "held-out images that are scored, the first ones; 0: all"] = 0
-    judge_images: Annotated[int, "training images, at most, that samples are judged by"] = 20_000
-    part: Annotated[int, "images of one piece of work"] = 125
+    images: Annotated[int, "held-out images that are scored, the first ones; 0: all", Range(ge=0)] = 0
+    judge_images: Annotated[int, "training images, at most, that samples are judged by", Range(ge=2)] = 20_000
+    part: Annotated[int, "images of one piece of work", Range(ge=2)] = 125
     chunk: Annotated[
         int,
         "rows of every network call of a score, which does not depend on what else is scored: more is faster on a GPU",
+        Range(ge=1),
     ] = SCORED_TOGETHER
     features: Annotated[str, "where the Frechet distance is taken: auto, classifier, pixels"] = "auto"
-    near_copy_share: Annotated[float, "share of held-out images counted as near-copies: sets the distance"] = 0.01
-    resamples: Annotated[int, "bootstrap resamples of the Frechet distance"] = 200
-    min_agreement: Annotated[float | None, "share of samples with the asked class that is demanded; null: none"] = None
-    max_frechet_ratio: Annotated[float | None, "Frechet distance demanded, in floors; null: none"] = None
+    near_copy_share: Annotated[
+        float, "share of held-out images counted as near-copies: sets the distance", Range(gt=0, lt=1)
+    ] = 0.01
+    resamples: Annotated[int, "bootstrap resamples of the Frechet distance", Range(ge=2)] = 200
+    min_agreement: Annotated[
+        float | None, "share of samples with the asked class that is demanded; null: none", Range(ge=0, le=1)
+    ] = None
+    max_frechet_ratio: Annotated[float | None, "Frechet distance demanded, in floors; null: none", Range(gt=0)] = None
     seed: Annotated[int, "keys samples, scores, judges and resamples"] = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "judge_images", "part", "resamples"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"evaluation.{name} must be at least 2, got {getattr(self, name)}")
-        if self.chunk < 1:
-            raise ValueError(f"evaluation.chunk must be at least 1, got {self.chunk}")
-        if self.images < 0 or self.images == 1:
-            raise ValueError(f"evaluation.images must be 0 (all) or at least 2, got {self.images}")
+        check(self, "evaluation")
+        if self.images == 1:
+            raise ValueError("evaluation.images must be 0 (all) or at least 2, got 1")
         if self.features not in ("auto", "classifier", "pixels"):
             raise ValueError(f"evaluation.features must be auto, classifier or pixels, got '{self.features}'")
-        if not 0 < self.near_copy_share < 1:
-            raise ValueError(f"evaluation.near_copy_share must lie between 0 and 1, got {self.near_copy_share:g}")
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise ValueError(f"evaluation.min_agreement must be a share, 0 to 1, got {self.min_agreement:g}")
-        if self.max_frechet_ratio is not None and not self.max_frechet_ratio > 0:
-            raise ValueError(f"evaluation.max_frechet_ratio must be positive, got {self.max_frechet_ratio:g}")
 
 
 def unmeasurable(config: EvaluationConfig, classes: int, held_out: int) -> list[str]:

@@ -80,7 +80,7 @@ class ServingConfig:
         check(self, "serving")
         if self.min_replicas > self.max_replicas:
             raise ValueError(
-                f"serving: min_replicas may be at most max_replicas, got {self.min_replicas} and {self.max_replicas}"
+                f"serving: needs min_replicas <= max_replicas, got {self.min_replicas} and {self.max_replicas}"
             )
         choose(SAMPLERS, self.sampler, "serving.sampler")
         if any(len(key) != 64 or set(key) - set("0123456789abcdef") for key in self.key_hashes):

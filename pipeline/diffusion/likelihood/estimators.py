@@ -19,14 +19,7 @@ from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.denoiser import Denoiser, Process
 from pipeline.diffusion.guidance import CLIP, clipped
 from pipeline.diffusion.likelihood import ode as flow
-from pipeline.diffusion.likelihood.bounds import (
-    FEW_STEPS,
-    REPEATS,
-    ddim_bound,
-    upper_log_variance,
-    vlb,
-    vlb_discrete,
-)
+from pipeline.diffusion.likelihood.bounds import FEW_STEPS, REPEATS, ddim_bound, upper_log_variance, vlb, vlb_discrete
 from pipeline.diffusion.likelihood.continuous import Continuous
 from pipeline.diffusion.likelihood.decoders import DECODERS, DecoderTask, Grid, softmax_level
 from pipeline.diffusion.likelihood.estimate import (

@@ -11,6 +11,8 @@ from types import FrameType
 
 from rich.console import Console
 
+from pipeline.training.stopping import SIGNALS, WISH_S, leave_terminal
+
 console = Console(stderr=False, highlight=False)
 
 
@@ -54,7 +56,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-ONE_WISH_S = 3.0
 AGAIN = "run the same command again: it goes on from what was saved"
 
 
@@ -96,23 +97,19 @@ def _by_ray(error: BaseException) -> bool:
 
 def _end_well() -> None:
     """SIGTERM and a closed terminal end a job as Ctrl-C does, so that it ends what it started; signals within
-    ONE_WISH_S of the first are the same wish. Jobs that can save something first lay their own handlers over these.
+    WISH_S of the first are the same wish. Jobs that can save something first lay their own handlers over these.
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
     heard: list[float] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:  # what is still said must not fail for want of a terminal
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            for descriptor in terminals:
-                os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            leave_terminal()
         heard.append(time.monotonic())
-        if len(heard) == 1 or heard[-1] - heard[0] > ONE_WISH_S:
+        if len(heard) == 1 or heard[-1] - heard[0] > WISH_S:
             raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not where nohup ignores it
             signal.signal(number, on_signal)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs import cli
 from jobs.progress import phases
-from pipeline import storage
+from pipeline import storage, trained
 from pipeline.cluster.session import prepare_environment, session
 from pipeline.config import RunConfig, load_config
 from pipeline.data.reading.stream import held_out, train_images
@@ -21,12 +21,19 @@ from pipeline.evaluation.features import Labelled
 from pipeline.evaluation.measure import Evaluation, Row, evaluate, load, passed, rows, save
 from pipeline.evaluation.work import Worker, here
 from pipeline.model import Model
-from pipeline.model import load as load_model
 
 
 def model_url(config: RunConfig) -> str:
     """Where a run leaves its trained model."""
     return storage.join(config.output, "model")
+
+
+def trained_model(config: RunConfig, device: str = "cpu") -> Model:
+    """The run's model; says where it is a half-trained one. ValueError: there is none yet."""
+    model = trained.load(config.output, device)
+    if (line := trained.half(model)) is not None:
+        cli.console.print(f"  {line}", soft_wrap=True)
+    return model
 
 
 def show(table: list[Row]) -> None:
@@ -50,13 +57,13 @@ def _key(config: RunConfig, model: Model) -> dict[str, Any]:
 
 def stored(config: RunConfig) -> Evaluation | None:
     """The evaluation of the run's model, as it is now, with these settings; None where there is none."""
-    return load(_place(config), _key(config, load_model(model_url(config))))
+    return load(_place(config), _key(config, trained.load(config.output)))
 
 
 def run(config: RunConfig, model: Model | None = None, *, local: bool = False) -> Evaluation:
     """Evaluate the run's model. Needs a Ray session unless `local`."""
     prepare_environment()
-    model = model or load_model(model_url(config))
+    model = model or trained_model(config)
     found = load(_place(config), _key(config, model))
     if found is None:
         found = _measure(config, model, local)

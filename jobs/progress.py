@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from jobs.cli import console
 
@@ -24,27 +24,36 @@ class Bar:
     def __init__(self, what: str, total: float, unit: str, progress: Progress | None) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.progress = progress
-        self.task = None if progress is None else progress.add_task(what, total=total, rate="", note="")
+        self.task = None if progress is None else progress.add_task(what, total=total, rate="", left="", note="")
         self.started = time.monotonic()
         self.first: float | None = None  # where it stood at the start: resumed work has no rate
+        self.moved: tuple[float, float] | None = None  # when it first moved, and to where: the start counts in no rate
         self.printed = self.started
         self.metrics = _metrics(what)
+
+    def _rate(self, done: float, now: float) -> float:
+        """Units a second since the first move; 0 before the second."""
+        if self.first is None:
+            self.first = done
+        if self.moved is None:
+            if done > self.first:
+                self.moved = now, done
+            return 0.0
+        since, at = self.moved
+        return (done - at) / (now - since) if done > at and now > since else 0.0
 
     def update(self, done: float, note: str = "") -> None:
         """`done` units so far in all; `note` is what else to show (loss, bits/dim)."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done
         if self.metrics is not None:
             self.metrics.update(done, self.total)
-        elapsed = now - self.started
-        rate = (done - self.first) / elapsed if elapsed > 0 else 0.0
+        rate = self._rate(done, now)
+        left = f"{_clock((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=done, rate=f"{rate:,.0f} {self.unit}/s", note=note)
+            self.progress.update(self.task, completed=done, rate=f"{rate:,.0f} {self.unit}/s", left=left, note=note)
         elif now - self.printed >= PLAIN_EVERY_S and done < self.total:
-            left = f"{(self.total - done) / rate:,.0f} s left" if rate > 0 else "starting"
             share = f"{done:,.0f}/{self.total:,.0f} {self.unit}"
-            parts = [share, f"{rate:,.0f} {self.unit}/s", left, note]
+            parts = [share, f"{rate:,.0f} {self.unit}/s", left or "starting", note]
             console.print(f"  {self.what}: {', '.join(part for part in parts if part)}", soft_wrap=True)
             self.printed = now
 
@@ -59,6 +68,14 @@ def _metrics(what: str) -> "JobMetrics | None":
     return JobMetrics(what)
 
 
+def _clock(seconds: float) -> str:
+    """12 s, 3:25, 2:03:25."""
+    hours, rest = divmod(round(seconds), 3600)
+    if not hours and rest < 60:
+        return f"{rest} s"
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
 @contextmanager
 def bar(what: str, total: float, unit: str) -> Iterator[Bar]:
     """A bar for the length of the block."""
@@ -69,7 +86,7 @@ def bar(what: str, total: float, unit: str) -> Iterator[Bar]:
         TextColumn("  {task.description}"),
         BarColumn(bar_width=28),
         TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[left]}"),
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:

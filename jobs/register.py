@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs import cli
-from jobs.evaluate import model_url, stored
+from jobs.evaluate import stored, trained_model
 from pipeline import interchange, storage
 from pipeline import model as models
 from pipeline.choose import choose
@@ -19,17 +19,21 @@ from pipeline.config import RunConfig, load_config
 from pipeline.evaluation import gates
 from pipeline.evaluation.measure import Evaluation, rows
 from pipeline.tracking.registry import Version, register
+from pipeline.trained import half
+
+CHAMPION = "champion"
 
 
 def run(
-    config: RunConfig, found: Evaluation | None, alias: str = "champion", required: Sequence[gates.Gate] = ()
+    config: RunConfig, found: Evaluation | None, alias: str | None = None, required: Sequence[gates.Gate] = ()
 ) -> Version:
-    """Register the run's model. `found`: its evaluation, for the card; None registers it unmeasured.
+    """Register the run's model. `found`: its evaluation, for the card; None registers it unmeasured. alias: None is
+    `champion`, or no alias for a half-trained model.
 
     Raises:
         ValueError: the evaluation misses what the run file or a gate demands; names what.
     """
-    model = models.load(model_url(config))
+    model = trained_model(config)
     card = dict(model.card)
     metrics: dict[str, float] = {}
     if found is not None:
@@ -42,7 +46,10 @@ def run(
         metrics = {f"evaluation/{name}": value for name, value in found.metrics().items()}
     url = storage.join(config.output, "registered")
     models.save(url, config.model, model.denoiser.state_dict(), card)
-    tags = {"data": card["data"]["digest"], "code": card["version"], "run": config.name}
+    if alias is None and half(model) is None:
+        alias = CHAMPION
+    tags = {"data": card["data"]["digest"], "code": card["version"], "run": card.get("name", config.name)}
+    tags |= {} if half(model) is None else {"half_trained": f"{card['images_seen']} images"}
     version = register(
         url,
         config.registered_model,
@@ -53,7 +60,8 @@ def run(
         tags=tags,
         metrics=metrics,
     )
-    cli.console.print(f"  {version.url}, alias {alias}, digest {version.digest[:12]}")
+    moved = f"alias {alias}" if alias else "no alias moved (name one with --alias)"
+    cli.console.print(f"  {version.url}, {moved}, digest {version.digest[:12]}")
     return version
 
 
@@ -69,7 +77,7 @@ def load_gates(path: str) -> list[gates.Gate]:
 
 def export(config: RunConfig, form: str, folder: str) -> None:
     """Write the run's model in another library's form. ValueError where that cannot express it; names what."""
-    choose(EXPORTS, form, "form to export to")(models.load(model_url(config)), folder)
+    choose(EXPORTS, form, "form to export to")(trained_model(config), folder)
     cli.console.print(f"  the model for {form} at {folder}")
 
 
@@ -78,7 +86,9 @@ EXPORTS: dict[str, Callable[[models.Model, str], None]] = {"diffusers": intercha
 
 def main() -> None:
     parser = cli.parser("register", __doc__ or "", ["evaluation", "tracking"])
-    parser.add_argument("--alias", default="champion", help="alias that will point to the version [champion]")
+    parser.add_argument(
+        "--alias", help="alias that will point to the version [champion; none for a half-trained model]"
+    )
     parser.add_argument(
         "--export",
         nargs=2,
@@ -105,9 +115,7 @@ def main() -> None:
 def _stored(config: RunConfig) -> Evaluation:
     found = stored(config)
     if found is None:
-        raise ValueError(
-            f"the model at {model_url(config)} has no evaluation: run jobs.evaluate first, or --unmeasured"
-        )
+        raise ValueError(f"the model of {config.output} has no evaluation: run jobs.evaluate first, or --unmeasured")
     return found
 
 

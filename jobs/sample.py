@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 from jobs import cli
-from jobs.evaluate import model_url
+from jobs.evaluate import trained_model
 from jobs.progress import bar
 from pipeline import storage
 from pipeline.cluster.session import prepare_environment, session
@@ -20,8 +20,8 @@ from pipeline.data.making.slices import SliceDone
 from pipeline.data.sets.manifest import Manifest
 from pipeline.evaluation.work import here
 from pipeline.model import Model
-from pipeline.model import load as load_model
 from pipeline.serving.offline import SliceWork, generated_set
+from pipeline.storage.lease import Claim, hold
 
 IMAGES = 10_000
 Worker = Callable[[Sequence[SliceWork]], Iterator[tuple[int, SliceDone]]]
@@ -39,28 +39,37 @@ def run(
 ) -> Manifest:
     """The finished set at `url`, else at OUTPUT/samples. Needs a Ray session unless `local`."""
     prepare_environment()
-    model = model or load_model(model_url(config), _device(config, local))
+    model = model or trained_model(config, _device(config, local))
     place = url or storage.join(config.output, "samples")
     rows = max((len(value) for value in (asked or {}).values()), default=0)
     conditioning = model.asked(rows, **asked) if asked else None
     how, chunk = config.evaluation.sampling, config.serving.chunk
     made, work = generated_set(place, model, images, seed, conditioning, how, chunk)
-    found = generated.standing(made)
-    if found is None:
-        done = generated.finished(made)
-        _make(config, model, [piece for piece in work if piece.index not in done], images, local)
-        found = generated.commit(made)
-    elif wrong := generated.damaged(found):
-        _make(config, model, [work[index] for index in wrong], images, local)
-        if still := generated.damaged(found):
-            raise ValueError(
-                f"{place}: shards {still} do not come to the same bytes on this machine; choose another url"
-            )
-        generated.clean(made)
+    with hold(place, "jobs.sample") as lease:
+        found = _made(config, model, made, work, local, lease.claim)
     cli.console.print(
         f"  {found.url}: {images:,} images in {found.shards.num_rows} shards; manifest {found.digest[:12]}",
         soft_wrap=True,
     )
+    return found
+
+
+def _made(
+    config: RunConfig, model: Model, made: generated.GeneratedSet, work: list[SliceWork], local: bool, claim: Claim
+) -> Manifest:
+    images = made.images
+    found = generated.standing(made)
+    if found is None:
+        done = generated.finished(made)
+        _make(config, model, [piece for piece in work if piece.index not in done], images, local)
+        found = generated.commit(made, claim.check)
+    elif wrong := generated.damaged(found):
+        _make(config, model, [work[index] for index in wrong], images, local)
+        if still := generated.damaged(found):
+            raise ValueError(
+                f"{made.url}: shards {still} do not come to the same bytes on this machine; choose another url"
+            )
+        generated.clean(made)
     return found
 
 

@@ -7,6 +7,7 @@ from rich.markup import escape
 from jobs import cli
 from jobs.progress import Bar
 from pipeline.training import events as say
+from pipeline.training.stopping import leave_terminal
 
 
 @dataclass
@@ -15,6 +16,13 @@ class Terminal:
     notes: dict[str, str] = field(default_factory=dict)
 
     def handle(self, event: say.Event) -> None:
+        """A terminal that is gone (closed, a broken pipe) must not end the training."""
+        try:
+            self._show(event)
+        except OSError:
+            leave_terminal()
+
+    def _show(self, event: say.Event) -> None:
         match event:
             case say.Started():
                 self._started(event)

@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 def load(url: str, *, device: str = "cpu", tracking_uri: str | None = None) -> "Model":
     """A trained model, verified against its digests.
 
-    url: `models:/NAME@alias` or `models:/NAME/VERSION` in the MLflow registry, or a model directory (local path or
-    s3://).
+    url: `models:/NAME@alias` or `models:/NAME/VERSION` in the MLflow registry, a model directory or a run's output
+    (local path or s3://). Of a run that has not ended it is the newest checkpoint; the card's `complete` says so.
     device: where the network runs; tracking_uri: the registry's server or database (default: MLflow's own setting).
 
     Raises:
@@ -27,7 +27,9 @@ def load(url: str, *, device: str = "cpu", tracking_uri: str | None = None) -> "
     from pipeline.model import load as load_directory
 
     if not url.startswith("models:/"):
-        return load_directory(url, device)
+        from pipeline import trained
+
+        return trained.load(url, device) if trained.is_output(url) else load_directory(url, device)
     from pipeline.tracking.registry import files
 
     with files(url, tracking_uri=tracking_uri) as folder:

@@ -20,13 +20,15 @@ from pipeline.diffusion.likelihood.estimators import Likelihood
 from pipeline.diffusion.objectives.objective import OBJECTIVES
 from pipeline.diffusion.procedure import Procedure, drive
 from pipeline.diffusion.randomness import key_seed
-from pipeline.model import Model, ModelConfig, Scoring, build, save, space_of
+from pipeline.model import Model, ModelConfig, Scoring, build, in_memory, network_of, save, space_of
+from pipeline.storage.lease import Claim
 from pipeline.training.checkpoint import STATE, committed, folder, newest
 from pipeline.training.events import Event, Finished
+from pipeline.training.footprint import Footprint, check_room, footprint, free_memory
 from pipeline.training.loop import RunError, train
 from pipeline.training.loop import standing as training_standing
 from pipeline.training.step import Place
-from pipeline.training.task import HeldOut, Hooks, Task
+from pipeline.training.task import HeldOut, Hooks, Task, check_finished
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -53,13 +55,28 @@ def data(config: "RunConfig") -> Manifest:
 
 def began(config: "RunConfig") -> Mapping[str, Any]:
     """The `identity` of the run whose checkpoints are at the output, not verified; empty where there is none."""
+    found = _stored(config)
+    return {} if found is None else found[1]["identity"]
+
+
+def _stored(config: "RunConfig") -> tuple[int, Mapping[str, Any]] | None:
+    """Step and facts of the newest checkpoint that can be read, not verified."""
     store = checkpoints(config)
     for step in committed(store):
         try:
-            return json.loads(storage.read_bytes(storage.join(folder(store, step), STATE)))["facts"]["identity"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged: an older one says the same
+            facts = json.loads(storage.read_bytes(storage.join(folder(store, step), STATE)))["facts"]
+            facts["identity"].get("seed")
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # an older one says the same
             continue
-    return {}
+        return step, facts
+    return None
+
+
+def changes_nothing_finished(config: "RunConfig") -> None:
+    """Raises RunError where the run at the output has ended and would be described otherwise than it was trained."""
+    found = _stored(config)
+    if found is not None and "ended" in found[1]:
+        check_finished(found, config.training, config.stream.batch_size, {"name": config.name}, checkpoints(config))
 
 
 def assemble(
@@ -68,8 +85,10 @@ def assemble(
     place: Place,
     open_stream: OpenStream,
     stop: Callable[[], bool] = lambda: False,
+    claim: Claim | None = None,
 ) -> Task:
-    """What one rank trains. Its initial weights come from the run's seed, or from `init`.
+    """What one rank trains. Its initial weights come from the run's seed, or from `init`. claim: the lease on the
+    output, without which no checkpoint is committed.
 
     Raises:
         RunError: the shard set does not fit the model.
@@ -95,19 +114,23 @@ def assemble(
         seed=config.seed,
         store=checkpoints(config),
         identity=identity(config, manifest),
+        about=about(config, manifest),
         place=place,
         hooks=Hooks(
             evaluate=held.scores if config.training.evaluate_images else None,
             sample=held.sample if config.training.sample_images else None,
             stop=stop,
+            commit=(lambda: None) if claim is None else claim.check,
         ),
     )
 
 
-def train_here(config: "RunConfig", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+def train_here(
+    config: "RunConfig", stop: Callable[[], bool] = lambda: False, claim: Claim | None = None
+) -> Iterator[Event]:
     """The whole training in this process: no cluster, the data read by threads."""
     manifest = data(config)
-    yield from train(assemble(config, manifest, Place(device=device_here(config)), thread_stream, stop))
+    yield from train(assemble(config, manifest, Place(device=device_here(config)), thread_stream, stop, claim))
 
 
 def device_here(config: "RunConfig") -> torch.device:
@@ -119,11 +142,13 @@ def standing(config: "RunConfig", manifest: Manifest) -> Finished | None:
     """The end of this run's training where it is there already, and checks that need no worker.
 
     Raises:
-        RunError: the shard set does not fit the model, or the checkpoints at `output` are of another run.
+        RunError: the shard set does not fit the model, the checkpoints at `output` are of another run, or they are
+            its end and the run file was changed since.
     """
     fits(config.model, manifest)
     facts = identity(config, manifest)
-    return training_standing(config.training, config.stream.batch_size, checkpoints(config), facts)
+    told = about(config, manifest)
+    return training_standing(config.training, config.stream.batch_size, checkpoints(config), facts, told)
 
 
 def identity(config: "RunConfig", manifest: Manifest) -> dict[str, Any]:
@@ -241,7 +266,7 @@ def _watched(scoring: Procedure[Likelihood], x: Tensor, seen: list[tuple[Tensor,
 
 
 def export(config: "RunConfig", manifest: Manifest, mlflow_run: str = "") -> str:
-    """The run's EMA weights as a model directory at OUTPUT/model; its URL.
+    """The run's EMA weights as a model directory at OUTPUT/model, and in the form that `export` names; its URL.
 
     Raises:
         ValueError: the run has no checkpoint that verifies.
@@ -252,17 +277,80 @@ def export(config: "RunConfig", manifest: Manifest, mlflow_run: str = "") -> str
             f"no checkpoint to make a model of at {checkpoints(config)}: {'; '.join(rejected) or 'train first'}"
         )
     url = storage.join(config.output, "model")
-    card = {
+    told = about(config, manifest)
+    whole = card(state.facts, state.step, told) | {"mlflow_run": mlflow_run}
+    save(url, config.model, state.tensors["ema"], whole)
+    if config.export:
+        interchange.export(
+            in_memory(config.model, state.tensors["ema"], whole), storage.join(config.output, "diffusers")
+        )
+    return url
+
+
+def needs(config: "RunConfig") -> Footprint:
+    """What one worker of the run takes of memory, of one logical shard; nothing is allocated.
+
+    Raises:
+        ValueError: a network that cannot be built.
+    """
+    stream, model = config.stream, config.model
+    checkpointed = config.training.checkpoint_activations
+    conditioner = numbered(model.condition, model.classes)
+    return footprint(lambda: network_of(model), model.shape, conditioner, stream.shard_batch, checkpointed)
+
+
+def has_room(config: "RunConfig", workers: int) -> None:
+    """Raises ValueError where so many workers on this machine's processor certainly need more memory than is free."""
+    if config.cluster.gpus_per_worker == 0:
+        half = config.training.precision != "fp32"
+        check_room(needs(config), workers, config.stream.shard_batch, half, free_memory())
+
+
+def exportable(config: "RunConfig") -> None:
+    """Raises ValueError where the trained model could not be written as a diffusers folder; names what to change."""
+    interchange.expressed(config.model, config.training.label_dropout)
+
+
+def demands(config: "RunConfig") -> None:
+    """Raises ValueError where the run cannot leave what its `export` demands."""
+    if config.export is None:
+        return
+    try:
+        exportable(config)
+    except ValueError as error:
+        raise ValueError(f"export: {error}") from None
+    if storage.is_s3(config.output):
+        raise ValueError("export: needs a local output; leave it out and use jobs.register --export diffusers DIR")
+
+
+def about(config: "RunConfig", manifest: Manifest) -> dict[str, Any]:
+    """What a card tells of a run, beside how its weights were trained; kept in its checkpoints. JSON values."""
+    return {
         "name": config.name,
-        "images_seen": state.facts["images"],
-        "step": state.step,
         "objective": config.objective,
-        "label_dropout": config.training.label_dropout,
         "seed": config.seed,
+        "model": json.loads(json.dumps(asdict(config.model))),
         "data": {"url": manifest.url, "digest": manifest.digest, "samples": manifest.card["samples"]},
         NAMES_OF[config.model.condition]: list(names_of(config.model, manifest)),
-        "mlflow_run": mlflow_run,
         "version": pipeline.__version__,
     }
-    save(url, config.model, state.tensors["ema"], card)
-    return url
+
+
+def card(facts: Mapping[str, Any], step: int, instead: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's card by its checkpoint: what the weights were trained with, whatever the run file says by now. instead:
+    `about` for a checkpoint that does not have its own.
+
+    trained_with: settings of the training, each from a number of images on; complete: whether the training had ended.
+    """
+    told = {name: value for name, value in (facts.get("about") or instead).items() if name != "model"}
+    trained_with = facts.get("history") or []
+    dropout = {"label_dropout": trained_with[-1]["label_dropout"]} if trained_with else {}
+    ended = facts.get("ended")
+    return {
+        **told,
+        **dropout,
+        "images_seen": facts["images"],
+        "step": step,
+        "trained_with": trained_with,
+        "complete": ended is not None and ended != "stopped",
+    }

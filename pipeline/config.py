@@ -16,6 +16,7 @@ from pipeline.choose import did_you_mean
 from pipeline.data.making.shards import ShardConfig
 from pipeline.data.reading.stream import StreamConfig
 from pipeline.evaluation import EvaluationConfig
+from pipeline.interchange import evened
 from pipeline.model import ModelConfig
 from pipeline.ranges import Range, check, range_of
 from pipeline.serving.config import ServingConfig
@@ -87,6 +88,11 @@ class RunConfig:
     init: Annotated[
         str | None, "start from these weights: models:/NAME@alias, a model directory or a diffusers folder; null: fresh"
     ] = None
+    export: Annotated[
+        str | None,
+        "diffusers: the end of the training leaves OUTPUT/diffusers too, and where a U-Net's norm_groups is not given "
+        "it is what fits there; null: nothing",
+    ] = None
     objective: Annotated[dict[str, Any], "training objective: name and its options"] = field(
         default_factory=lambda: {"name": "simple"}
     )
@@ -99,6 +105,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name[0] in "-.":
             raise ValueError(f"name must be letters, digits, '-', '_' and '.', got '{self.name}'")
+        if self.export not in (None, "diffusers"):
+            raise ValueError(f"export must be diffusers or null, got '{self.export}'")
 
     @property
     def registered_model(self) -> str:
@@ -146,7 +154,10 @@ def from_plain(values: Mapping[str, Any], source: str = "run configuration") -> 
 
     try:
         _check_keys(RunConfig, values, "")
-        return TypeAdapter(RunConfig).validate_python(dict(values))
+        config = TypeAdapter(RunConfig).validate_python(dict(values))
+        if config.export is None:
+            return config
+        return replace(config, model=replace(config.model, network=evened(config.model.network)))
     except ValidationError as error:
         problems: list[str] = []
         for problem in error.errors():

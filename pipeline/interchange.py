@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import backbones
+from pipeline.backbones.diffusers_unet import unet_config_to_diffusers
 from pipeline.backbones.interchange import from_diffusers, to_diffusers
 from pipeline.choose import build as build_choice
 from pipeline.diffusion.conditioning import Conditioning
@@ -29,24 +30,9 @@ def export(model: Model, folder: str | Path) -> None:
     Raises:
         ValueError: what diffusers cannot express, by name; nothing is written then.
     """
-    config = model.config
-    scheduler = scheduler_config(config)
-    architecture = backbones.Architecture(
-        build_choice(backbones.BACKBONES, config.network, "network"),
-        config.channels,
-        config.size,
-        config.classes,
-        config.channels,
-    )
+    scheduler, architecture = expressed(model.config, model.card.get("label_dropout") or 0.0)
     weights: Mapping[str, Tensor] = model.denoiser.network.state_dict()
-    if not isinstance(architecture.config, backbones.UNetConfig):
-        raise refused(f"network is {config.network['name']}; DDPMPipeline takes a U-Net")
-    if config.classes:
-        if not model.card.get("label_dropout"):
-            raise refused("DDPMPipeline passes no labels, and this model was never trained without (label_dropout)")
-        architecture = backbones.Architecture(
-            architecture.config, config.channels, config.size, 0, architecture.out_channels
-        )
+    if model.config.classes:
         weights = {name: value for name, value in weights.items() if not name.startswith("labels.")}
     unet_config, tensors = to_diffusers(architecture, weights)
     root = Path(folder)
@@ -58,6 +44,46 @@ def export(model: Model, folder: str | Path) -> None:
     _write(root / "scheduler" / "scheduler_config.json", scheduler)
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     _write(root / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+
+
+def evened(network: Mapping[str, Any]) -> dict[str, Any]:
+    """A U-Net's options with one number of groups in all its norms, the most that fit, as diffusers needs it; others,
+    and those that say their `norm_groups`, as they are.
+    """
+    config = build_choice(backbones.BACKBONES, network, "network")
+    if not isinstance(config, backbones.UNetConfig) or "norm_groups" in network:
+        return dict(network)
+    narrowest = config.base_width * min(config.multipliers)
+    return {**network, "norm_groups": min(config.norm_groups, max(1, narrowest // config.norm_group_width))}
+
+
+def expressed(config: ModelConfig, label_dropout: float) -> tuple[dict[str, Any], backbones.Architecture]:
+    """Scheduler and unconditional network of such a model in diffusers' terms, known before it is trained.
+
+    Raises:
+        ValueError: what diffusers cannot express, by name.
+    """
+    scheduler = scheduler_config(config)
+    architecture = backbones.Architecture(
+        build_choice(backbones.BACKBONES, config.network, "network"),
+        config.channels,
+        config.size,
+        config.classes,
+        config.channels,
+    )
+    if not isinstance(architecture.config, backbones.UNetConfig):
+        raise refused(f"network is {config.network['name']}; DDPMPipeline takes a U-Net")
+    if config.classes:
+        if not label_dropout:
+            raise refused(
+                "DDPMPipeline passes no labels, and this model is never trained without: set training.label_dropout "
+                "above 0, such as 0.1"
+            )
+        architecture = backbones.Architecture(
+            architecture.config, config.channels, config.size, 0, architecture.out_channels
+        )
+    unet_config_to_diffusers(architecture)
+    return scheduler, architecture
 
 
 def scheduler_config(config: ModelConfig) -> dict[str, Any]:

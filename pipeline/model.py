@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import backbones, storage
 from pipeline.choose import build as build_choice
@@ -91,21 +91,25 @@ def build(config: ModelConfig) -> Denoiser:
     Raises:
         ValueError: unknown name or option, or a prediction that cannot be decoded within the schedule.
     """
-    network = backbones.build(
-        build_choice(backbones.BACKBONES, config.network, "network"),
-        channels=config.channels,
-        size=config.size,
-        classes=config.classes,
-        out_channels=config.channels * (2 if config.learned_variance else 1),
-    )
     schedule = build_choice(SCHEDULES, config.schedule, "schedule")
     return Denoiser(
-        network,
+        network_of(config),
         schedule,
         Parameterization(config.prediction, config.scaling, config.data_std, schedule.table),
         level=config.level,
         network_input=config.network_input,
         learned_variance=config.learned_variance,
+    )
+
+
+def network_of(config: ModelConfig) -> nn.Module:
+    """The network of a configuration, as `build` makes it."""
+    return backbones.build(
+        build_choice(backbones.BACKBONES, config.network, "network"),
+        channels=config.channels,
+        size=config.size,
+        classes=config.classes,
+        out_channels=config.channels * (2 if config.learned_variance else 1),
     )
 
 
@@ -398,16 +402,41 @@ def save(url: str, config: ModelConfig, weights: Mapping[str, Tensor], card: Map
     """Write a model directory at `url` (local or s3://); the digests go last, so a cut-off save is never loaded.
     Returns the digest.
     """
+    contents, digests = _contents(config, weights, card)
+    for name, data in contents.items():
+        storage.write_bytes(storage.join(url, name), data)
+    storage.write_bytes(storage.join(url, "digests.json"), digests)
+    return hashlib.sha256(digests).hexdigest()
+
+
+def in_memory(
+    config: ModelConfig, weights: Mapping[str, Tensor], card: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> Model:
+    """The model that `load` reads after `save`, the digest too, without the directory.
+
+    Raises:
+        ValueError: the weights do not fit the configuration.
+    """
+    with torch.random.fork_rng(devices=[]):
+        denoiser = build(config)
+    try:
+        denoiser.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit the configuration: {error}") from error
+    digest = hashlib.sha256(_contents(config, weights, card)[1]).hexdigest()
+    return Model(config, denoiser.to(device), card, digest)
+
+
+def _contents(
+    config: ModelConfig, weights: Mapping[str, Tensor], card: Mapping[str, Any]
+) -> tuple[dict[str, bytes], bytes]:
+    """The files of a model directory, and digests.json."""
     contents = {
         "model.safetensors": safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in weights.items()}),
         "config.json": _canonical(asdict(config)),
         "card.json": _canonical(dict(card)),
     }
-    digests = _canonical({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()})
-    for name, data in contents.items():
-        storage.write_bytes(storage.join(url, name), data)
-    storage.write_bytes(storage.join(url, "digests.json"), digests)
-    return hashlib.sha256(digests).hexdigest()
+    return contents, _canonical({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()})
 
 
 def load(url: str, device: torch.device | str = "cpu") -> Model:

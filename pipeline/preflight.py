@@ -47,6 +47,8 @@ def check(config: "RunConfig", *more: Callable[[], object]) -> "Manifest":
         found(lambda: assembly.fits(config.model, manifest))
         found(lambda: looked_at(config, manifest))
     found(lambda: check_identity(assembly.began(config), assembly.choices(config), assembly.checkpoints(config)))
+    found(lambda: assembly.changes_nothing_finished(config))
+    found(lambda: assembly.demands(config))
     found(lambda: writable(config.output))
     found(lambda: tracked(config))
     for attempt in more:

@@ -31,6 +31,7 @@ def keep(config: RunConfig) -> None:
 def resumed(run: str, overrides: Sequence[str]) -> RunConfig:
     """The run whose output (a folder or URL) or MLflow run id this is, with overrides such as `training.images=9000`.
 
+    A folder that was moved or copied goes on where it is now, not at the place that its run file names.
     An MLflow run is looked for at the override of tracking.uri, else MLFLOW_TRACKING_URI, else the default.
 
     Raises:
@@ -38,6 +39,11 @@ def resumed(run: str, overrides: Sequence[str]) -> RunConfig:
     """
     text, source = _from_mlflow(run, overrides) if _MLFLOW_RUN.fullmatch(run) else _from_output(run)
     before, now = parse(text, [], source), parse(text, overrides, source)
+    if not _MLFLOW_RUN.fullmatch(run):
+        local = storage.local_path(run)
+        here = run.rstrip("/") if local is None else os.path.abspath(local)
+        now = replace(now, output=here if now.output == before.output else now.output)
+        before = replace(before, output=here)
     was, is_now = _unchangeable(before), _unchangeable(now)
     changed = [f"{key} was {was.get(key)!r}, is {value!r}" for key, value in is_now.items() if was.get(key) != value]
     changed += [f"{key} was {value!r}, is gone" for key, value in was.items() if key not in is_now]

@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors", "tokenizers", "sentencepiece"},
     ),
     "pipeline/backbones": ({"pipeline.choose", "pipeline.diffusion"}, {"torch"}),
-    "pipeline/storage": (set(), {"numpy", "boto3", "botocore", "pyarrow"}),
+    "pipeline/storage": (set(), {"numpy", "boto3", "botocore", "psutil", "pyarrow"}),
     "pipeline/data/formats": ({"pipeline.choose"}, {"numpy", "cv2", "isal", "PIL", "simplejpeg"}),
     "pipeline/data/sets": ({"pipeline.choose", "pipeline.storage", "pipeline.data.formats"}, {"numpy", "pyarrow"}),
     "pipeline/data/config.py": (
@@ -114,6 +114,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "pipeline.data",
             "pipeline.storage",
             "pipeline.evaluation",
+            "pipeline.interchange",
             "pipeline.model",
             "pipeline.places",
             "pipeline.serving",
@@ -131,6 +132,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "pipeline.training",
             "pipeline.evaluation",
         },
+        set(),
+    ),
+    "pipeline/trained.py": (
+        {"pipeline.assembly", "pipeline.model", "pipeline.storage", "pipeline.tracking", "pipeline.training"},
         set(),
     ),
     "pipeline/resume.py": (

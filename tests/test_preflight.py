@@ -1,6 +1,7 @@
 """Everything that keeps a run from starting is told at once, one line each, and nothing was done."""
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,10 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
-from jobs import cli
+from jobs import cli, estimate
 from pipeline import assembly, preflight
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, from_plain, to_plain
 from pipeline.data.making.shards import ShardConfig, shard_in_process
 from pipeline.data.sets.manifest import Manifest
 from pipeline.training import checkpoint
@@ -96,6 +98,64 @@ def test_each_problem_is_named(config: RunConfig, data: Manifest, server: Callab
     other = replace(config, objective={"name": "vlb"}, seed=5)
     assert "seed was 0, is 5" in problems(other)[0]
     assert "objective.name was 'simple', is 'vlb'" in problems(other)[0]
+
+
+def test_an_export_that_cannot_be_is_refused_before_the_training(config: RunConfig) -> None:
+    """Labels without label_dropout, norms of different groups: known from the run file."""
+    wanted = replace(config, export="diffusers")
+    assert "export: no diffusers pipeline of this model: DDPMPipeline passes no labels" in problems(wanted)[0]
+    dropped = replace(wanted, training=replace(config.training, label_dropout=0.1))
+    assert "norms have [2, 4, 6, 8] groups; UNet2DModel has one number: set norm_groups to 2" in problems(dropped)[0]
+    settled = replace(dropped, model=replace(config.model, network={**config.model.network, "norm_groups": 2}))
+    preflight.check(settled)
+    with pytest.raises(ValueError, match=r"needs a local output; leave it out and use jobs\.register --export"):
+        assembly.demands(replace(settled, output="s3://bucket/run"))
+    with pytest.raises(ValueError, match="export must be diffusers or null, got 'onnx'"):
+        replace(config, export="onnx")
+
+
+@pytest.mark.parametrize(
+    ("network", "groups"),
+    [
+        ({}, 32),
+        ({"base_width": 32, "multipliers": [1, 2], "attention_at": [16], "heads": None, "head_width": 16}, 8),
+        ({"base_width": 36, "multipliers": [2, 1, 3], "attention_at": []}, 9),
+        ({"base_width": 8, "multipliers": [1, 2], "norm_group_width": 1, "attention_at": []}, 8),
+        ({"base_width": 8, "multipliers": [1, 2], "norm_groups": 2, "attention_at": []}, 2),
+    ],
+)
+def test_a_network_that_leaves_its_groups_open_is_exportable_where_that_is_demanded(
+    network: dict[str, object], groups: int
+) -> None:
+    """And what a run file without the demand means is what it meant."""
+    values = {
+        "name": "x",
+        "output": "x",
+        "shard": {"source": "x", "url": "x", "image_size": 32},
+        "stream": {"url": "x"},
+        "model": {"size": 32, "channels": 3, "classes": 4, "network": {"name": "unet", **network}},
+        "training": {"label_dropout": 0.1},
+    }
+    assert from_plain(values).model.network == {"name": "unet", **network}
+    wanted = from_plain({**values, "export": "diffusers"})
+    assert wanted.model.network["norm_groups"] == groups
+    assembly.exportable(wanted)
+    assert from_plain(to_plain(wanted)) == wanted
+
+
+def test_the_dry_run_heeds_what_the_training_would_do(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpointed activations are fewer, the faster precision is looked for, times have a spread."""
+    plain = estimate.estimate(config)
+    training = replace(config.training, checkpoint_activations=True, precision="auto")
+    less = estimate.estimate(replace(config, training=training))
+    assert less.saved_bytes < 0.8 * plain.saved_bytes
+    assert less.precision in ("fp32", "bf16")
+    assert len(plain.shard_s) >= 2
+    assert estimate._precisions("auto", torch.device("cpu"))[0] == "fp32"
+    estimate.show(config)
+    told = capsys.readouterr().out
+    assert re.search(r"a step +\d+\.\d{3} s \(\d+\.\d{3} to \d+\.\d{3} in \d+ tries\) in fp32", told)
+    assert "export to diffusers               not possible: " in told
 
 
 def test_the_version_that_a_run_began_with_must_still_be_there(config: RunConfig, data: Manifest) -> None:

@@ -1,15 +1,18 @@
 """--resume: a run goes on by the run file that it kept, and cannot be made another run."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from jobs import train
 from pipeline import resume
 from pipeline.config import RunConfig
 from pipeline.data.making.shards import ShardConfig, shard_in_process
 from pipeline.data.sets.manifest import Manifest
+from pipeline.storage.lease import Held, hold
 from pipeline.tracking import runs
 from tests.cluster.test_train import run_config
 from tests.data.folders import write_images
@@ -58,6 +61,14 @@ def test_what_would_be_another_run_is_refused_by_name(config: RunConfig) -> None
     assert changed.training.learning_rate == 1e-3
 
 
+def test_one_training_at_a_time_has_an_output(config: RunConfig) -> None:
+    with hold(config.output, "jobs.train of another terminal"), pytest.raises(Held, match="of another terminal"):
+        train.run(config, local=True)
+    assert not (Path(config.output) / "run.yaml").exists(), "the second has written nothing"
+    assert not (Path(config.output) / "mlflow.json").exists()
+    assert train.run(config, local=True).images == 32
+
+
 def test_a_place_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no run was started there: it has no run\.yaml"):
         resume.resumed(str(tmp_path), [])
@@ -76,3 +87,42 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = resume.with_full_paths(run_config(Path("out"), "s3://bucket/set"))
     assert config.output == str(tmp_path / "out")
     assert config.stream.url == "s3://bucket/set"
+
+
+def test_a_copied_output_is_a_run_of_its_own_and_a_moved_one_is_not(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copied with its times or without, beside it or with the contents alone; found by --resume or by the run file."""
+    assert train.run(config, local=True).images == 32
+    first = runs._stored(config)
+    assert first is not None
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+
+    def points(run_id: str) -> list[int]:
+        return [point.step for point in client.get_metric_history(run_id, "loss")]
+
+    before = points(first)
+    copy, longer = tmp_path / "copy", ["training.images=64"]
+    shutil.copytree(config.output, copy, copy_function=shutil.copy2)
+    (copy / "mlflow.spool").write_text("what the original has yet to deliver\n")
+    copied = resume.resumed(str(copy), longer)
+    assert copied.output == str(copy)
+    assert train.run(copied, local=True).images == 64
+    assert "is a copy of" in capsys.readouterr().out
+    second = runs._stored(copied)
+    assert second not in (None, first)
+    assert points(first) == before
+    assert points(str(second)) == [48, 64]
+    assert client.get_run(str(second)).data.tags["raydiffusion.copy_of"] == first
+    assert train.run(copied, local=True).images == 64
+    assert runs._stored(copied) == second, "the copy goes on in its own run"
+    assert runs._stored(config) == first
+
+    moved = tmp_path / "moved"
+    Path(config.output).rename(moved)
+    assert train.run(resume.resumed(str(moved), longer), local=True).images == 64
+    assert points(first) == [*before, 48, 64]
+    Path(config.output).mkdir()
+    shutil.copy2(copy / "mlflow.json", config.output)  # another run where it was
+    assert runs._stored(replace(config, output=str(moved))) == first
+    assert "is a copy of" not in capsys.readouterr().out

@@ -1,10 +1,13 @@
 """What a training says on a terminal that is none: one clean line at a time."""
 
+import io
+
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from jobs import cli, progress
-from jobs.progress import bar
+from jobs.progress import Bar, bar
 from jobs.terminal import Terminal
 from pipeline.training import events as say
 
@@ -36,3 +39,25 @@ def test_every_event_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ]
     assert lines[-1].startswith("  train: 40/200 images, ")
     assert lines[-1].endswith("loss 0.2500, held-out 3.500 ± 0.010 bits/dim")
+
+
+def test_the_time_left_is_known_after_the_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the start took, and however rare the points of the loss curve are."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress(console=Console(file=io.StringIO(), force_terminal=True)) as shown:
+        live = Bar("train", 10_000, "images", shown)
+        terminal = Terminal(live)
+
+        def left(at_s: float, event: say.Event) -> str:
+            now[0] = at_s
+            terminal.handle(event)
+            return shown.tasks[0].fields["left"]
+
+        assert left(60, say.Started(0, 0, 100, 10_000, 100, 1, 1, "fp32")) == ""
+        assert left(100, say.Moved(1, 100)) == ""
+        assert left(101, say.Moved(2, 200)) == "1:38 left"
+        assert shown.tasks[0].completed == 200
+        assert left(103, say.Moved(4, 400)) == "1:36 left"
+        assert left(200, say.Finished(100, 10_000, "budget", "x")) == ""
+    assert [progress._clock(seconds) for seconds in (7.2, 59.6, 7405)] == ["7 s", "1:00", "2:03:25"]

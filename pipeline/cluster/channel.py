@@ -50,11 +50,11 @@ class _Channel:
     def tell(self, rank: int, text: str) -> None:
         self.told[rank] = text
 
-    def take(self, stop: bool) -> tuple[list[str], Verdict | None]:
+    def take(self, stop: bool) -> tuple[list[str], Verdict | None, int]:
         self.stopping = self.stopping or stop
         self.verdict = self.verdict or self.watch.verdict(time.monotonic())
         taken, self.lines = list(self.lines), deque(maxlen=MOST_LINES)
-        return taken, self.verdict
+        return taken, self.verdict, self.watch.step()
 
     def told_by(self) -> set[int]:
         return set(self.told)
@@ -113,14 +113,19 @@ class Speaker:
         return [self._lines.popleft() for _ in range(len(self._lines))]
 
 
-def listen(channel: Any, alive: threading.Thread, stop: Callable[[], bool]) -> Iterator[str | Verdict]:
+def listen(channel: Any, alive: threading.Thread, stop: Callable[[], bool]) -> Iterator[str | Verdict | int]:
     """The driver's end: lines as they come, until the thread `alive` ends, and a verdict where the workers stand still,
-    to be settled before the next is asked for. A wish to stop goes back.
+    to be settled before the next is asked for; a number is the last step that the group has done. A wish to stop goes
+    back.
     """
+    told = 0
     while True:
         ended = not alive.is_alive()
-        lines, verdict = ray.get(channel.take.remote(bool(stop())))
+        lines, verdict, step = ray.get(channel.take.remote(bool(stop())))
         yield from lines
+        if step != told:
+            told = step
+            yield step
         if ended:
             return
         if verdict is not None:

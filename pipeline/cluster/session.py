@@ -5,6 +5,7 @@ lasts.
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -79,7 +80,8 @@ def session(address: str | None = None, *, cpus: float | None = None) -> Iterato
         if asks_for_no_token():
             print(OPEN.format(address=address), file=sys.stderr, flush=True)
     else:
-        _start_here(None if cpus is None else max(1, int(cpus)))
+        with _deaf_to_hangup():
+            _start_here(None if cpus is None else max(1, int(cpus)))
     try:
         yield
     finally:
@@ -113,6 +115,18 @@ def _start_here(cpus: int | None) -> None:
                     f"Ray did not start on this machine within 30 s, {STARTS} times: the machine is busy, or short of "
                     f"memory or disk; run the same command again"
                 ) from None
+
+
+@contextmanager
+def _deaf_to_hangup() -> Iterator[None]:
+    """Processes started within the block never hear SIGHUP: a closed terminal sends it to every one, and Ray's must
+    outlive this one's last checkpoint. They end with this process, which hears it at the block's end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def _must_listen(address: str) -> None:

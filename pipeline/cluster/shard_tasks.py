@@ -13,6 +13,7 @@ from pipeline.data.making import shards
 from pipeline.data.making.slices import Slice, SliceDone, make_slice
 from pipeline.data.sets import versions
 from pipeline.data.sets.manifest import Manifest
+from pipeline.storage.lease import hold
 
 TASKS_A_CPU = 2  # under way: one runs, one waits
 
@@ -40,10 +41,17 @@ def shard(config: ShardConfig, progress: Callable[[ShardProgress], None] | None 
     Raises:
         ValueError: an empty source, no readable image, a url that holds another set, or damaged shards whose sources
             changed under the same names.
-        OSError: a store that does not answer.
+        OSError: a store that does not answer. lease.Held: another job is at this set.
     """
+    with hold(config.url, "jobs.shard") as lease:
+        return _shard(config, progress, lease.claim.check)
+
+
+def _shard(
+    config: ShardConfig, progress: Callable[[ShardProgress], None] | None, may_write: Callable[[], None]
+) -> Manifest:
     if config.mixture:
-        return versions.mix(config.url, config.mixture)
+        return versions.mix(config.url, config.mixture, may_write)
     work = shards.plan(config)
     try:
         verify = work.before is not None and not work.indices
@@ -56,7 +64,7 @@ def shard(config: ShardConfig, progress: Callable[[ShardProgress], None] | None 
         for slice_done in done.values():
             meter.add(slice_done, made=False)
         _make(work, (work.slice(index) for index in work.indices if index not in done), meter)
-        return shards.commit(work)
+        return shards.commit(work, may_write)
     finally:
         work.close()
 

@@ -23,6 +23,7 @@ from pipeline.cluster.preemption import NoticingTorchConfig
 from pipeline.cluster.watch import Verdict
 from pipeline.cluster.worker import REFUSED, work
 from pipeline.resume import with_full_paths
+from pipeline.storage.lease import Claim, Lease
 from pipeline.training import events as say
 from pipeline.training.stopping import stop_on_signals
 
@@ -34,17 +35,20 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def fit(
-    config: "RunConfig", on_event: Callable[[say.Event], None], backlog: Callable[[], int] = lambda: 0
+    config: "RunConfig",
+    on_event: Callable[[say.Event], None],
+    lease: Lease | None = None,
+    backlog: Callable[[], int] = lambda: 0,
 ) -> say.Finished:
-    """Trains on the cluster that Ray is connected to; `on_event` is called on this thread as events come. `backlog`:
-    how many of them its sinks have not brought to where they go.
+    """Trains on the cluster that Ray is connected to; `on_event` is called on this thread as events come. lease: on the
+    output; the training ends where it is lost. `backlog`: how many events its sinks have not brought to where they go.
 
-    The first SIGINT or SIGTERM saves a checkpoint and stops, the second interrupts.
+    A signal saves a checkpoint and stops, see `stop_on_signals`.
 
     Raises:
         ValueError: workers and readers that do not fit on the cluster, a run that cannot go on (see `loop.train`), or
             workers that failed more often than cluster.max_failures.
-        KeyboardInterrupt: at a second signal.
+        KeyboardInterrupt: at a third wish to stop.
     """
     config = with_full_paths(config)
     for check in checks(config):
@@ -57,11 +61,11 @@ def fit(
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     storage.delete(storage.join(assembly.checkpoints(config), SNAPSHOT))  # our commit records are the only authority
     channel = open_channel(config.cluster.hang_factor, config.cluster.hang_floor_s)
-    fitting = _Fitting(trainer(config, manifest.digest, channel))
+    fitting = _Fitting(trainer(config, manifest.digest, channel, None if lease is None else lease.claim))
     with stop_on_signals() as stop, RunMetrics(config.name) as metrics:
         fitting.start()
-        for heard in listen(channel, fitting, stop):
-            event = _restarted(config, channel, heard) if isinstance(heard, Verdict) else _decoded(heard)
+        for heard in listen(channel, fitting, lambda: stop() or (lease is not None and lease.lost)):
+            event = _event(config, channel, heard)
             if event is not None:
                 metrics.handle(event)
                 on_event(event)
@@ -79,7 +83,22 @@ def checks(config: "RunConfig") -> list[Callable[[], None]]:
     return [
         lambda: capacity.share(config),
         lambda: capacity.check(config, capacity.alive_nodes(), capacity.most_resources()),
+        lambda: _has_room(config),
     ]
+
+
+def _has_room(config: "RunConfig") -> None:
+    """Of a cluster that is this machine alone, whose free memory is known here."""
+    if len(capacity.alive_nodes()) == 1 and capacity.most_resources() is None:
+        assembly.has_room(config, config.cluster.fewest_workers)
+
+
+def _event(config: "RunConfig", channel: Any, heard: str | Verdict | int) -> say.Event | None:
+    if isinstance(heard, Verdict):
+        return _restarted(config, channel, heard)
+    if isinstance(heard, int):
+        return say.Moved(heard, heard * config.stream.batch_size) if heard else None
+    return _decoded(heard)
 
 
 def _decoded(line: str) -> say.Event:
@@ -120,7 +139,7 @@ class Trainer(TorchTrainer):
         return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
-def trainer(config: "RunConfig", data: str, channel: Any) -> TorchTrainer:
+def trainer(config: "RunConfig", data: str, channel: Any, claim: Claim | None = None) -> TorchTrainer:
     """Ray Train's description of the run on the shard set's version with digest `data`."""
     cluster, reserved = config.cluster, capacity.bundle(config)
     gpu = cluster.gpus_per_worker > 0
@@ -129,7 +148,7 @@ def trainer(config: "RunConfig", data: str, channel: Any) -> TorchTrainer:
         config = replace(config, stream=replace(config.stream, reader_cpus=0.0))
 
     def run() -> None:  # bound here and not in train_loop_config, which the controller's process would load as well
-        work(config, data, channel)
+        work(config, data, channel, claim)
 
     return Trainer(
         run,

@@ -78,6 +78,11 @@ class Watch:
             return PATIENCE * self.floor_s
         return max(self.floor_s, self.factor * median(self.step_s))
 
+    def step(self) -> int:
+        """The last step that the slowest rank has done; 0 where none has begun one."""
+        begun = [sign.step for sign, _ in self.signs.values() if sign.steps]
+        return max(0, min(begun, default=1) - 1)
+
     def verdict(self, now: float) -> Verdict | None:
         """None while the group moves."""
         if not self.floor_s or not self.signs:

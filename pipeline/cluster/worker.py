@@ -14,10 +14,12 @@ from pipeline.cluster.channel import Speaker
 from pipeline.cluster.feed import ray_stream
 from pipeline.cluster.preemption import Notice
 from pipeline.data.sets.manifest import load as load_manifest
+from pipeline.storage.lease import Claim
 from pipeline.tracking.machine import Machine
 from pipeline.training import events as say
 from pipeline.training.loop import Hooks, RunError, train
 from pipeline.training.step import Place
+from pipeline.training.task import Task
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -25,15 +27,18 @@ if TYPE_CHECKING:
 REFUSED = "refused: "
 
 
-def work(config: "RunConfig", data: str, channel: Any) -> None:
-    """One rank of the training on the shard set's version `data`, from the newest checkpoint to the end."""
+def work(config: "RunConfig", data: str, channel: Any, claim: Claim | None) -> None:
+    """One rank of the training on the shard set's version `data`, from the newest checkpoint to the end. claim: see
+    `assembly.assemble`.
+    """
     context = ray.train.get_context()
     gpu = config.cluster.gpus_per_worker > 0
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     place = Place(context.get_world_rank(), context.get_world_size(), device)
     speaker = Speaker(channel, place.rank)
     try:
-        _train(config, data, place, speaker)
+        task = assembly.assemble(config, load_manifest(config.stream.url, data), place, ray_stream, claim=claim)
+        _train(task, place, speaker)
     except RunError as error:  # raised on every rank alike: a restart would meet it again
         if place.rank == 0:
             speaker.say(REFUSED + " ".join(str(error).split()))
@@ -41,9 +46,8 @@ def work(config: "RunConfig", data: str, channel: Any) -> None:
         speaker.close()
 
 
-def _train(config: "RunConfig", data: str, place: Place, speaker: Speaker) -> None:
+def _train(task: Task, place: Place, speaker: Speaker) -> None:
     machine = Machine(socket.gethostname(), ray.train.get_context().get_local_rank(), place.device)
-    task = assembly.assemble(config, load_manifest(config.stream.url, data), place, ray_stream)
     reported = _Reported()
     for event in train(replace(task, hooks=watched(task.hooks, speaker))):
         if isinstance(event, say.Started | say.RolledBack):
@@ -72,7 +76,7 @@ def watched(hooks: Hooks, speaker: Speaker) -> Hooks:
         return call and watched_call
 
     evaluate, sample = watching("evaluate", hooks.evaluate), watching("sample", hooks.sample)
-    return Hooks(evaluate=evaluate, sample=sample, stop=stop, save=Notice())
+    return Hooks(evaluate=evaluate, sample=sample, stop=stop, save=Notice(), commit=hooks.commit)
 
 
 class _Reported:

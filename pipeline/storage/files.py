@@ -181,6 +181,25 @@ def write_bytes(url: str, data: bytes | bytearray | memoryview) -> None:
     s3.retried(url, lambda: s3.client().put_object(Bucket=location.bucket, Key=location.path, Body=body))
 
 
+def create_bytes(url: str, data: bytes) -> bool:
+    """Writes a whole file as `write_bytes` where nothing is at the URL; False, and nothing is written, where something
+    is. Of many at once one succeeds: on S3 by a conditional PUT (`If-None-Match: *`).
+    """
+    location = parse(url)
+    if location.bucket is None:
+        try:
+            with _replacing(location.path, new=True) as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+    s3.put_new(url, location.bucket, location.path, data)
+    try:  # an earlier try may have written it without an answer, and a store without conditions overwrites
+        return read_bytes(url) == data
+    except FileNotFoundError:
+        return False
+
+
 def write_file(url: str, path: str | os.PathLike[str]) -> None:
     """Copies a local file to a URL, atomically; on S3 a single PUT up to 5 GiB, a multipart upload beyond."""
     location = parse(url)

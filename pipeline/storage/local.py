@@ -1,6 +1,7 @@
 """What only a local disk needs: atomic replacement, synced folders, a walk that ends."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -35,9 +36,14 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...], odd: boo
             yield Entry(prefix + entry.name, NO_FILE)
 
 
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without them say
+
+
 @contextlib.contextmanager
-def _replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file that takes the name `path` when the block ends well, and leaves nothing when it does not."""
+def _replacing(path: str, *, new: bool = False) -> Iterator[IO[bytes]]:
+    """A file that takes the name `path` when the block ends well, and leaves nothing when it does not. new: only where
+    the name is not taken (FileExistsError).
+    """
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
@@ -47,7 +53,7 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
             file.flush()
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _name(temporary, path) if new else os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -55,6 +61,20 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
             error.filename = path  # a full disk, a quota: the system does not say of which file
         raise
     sync_folder(folder)
+
+
+def _name(temporary: str, path: str) -> None:
+    """As os.replace, but of two at once one has FileExistsError, where the file system has links."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
 
 
 def sync_folder(path: str | Path) -> None:

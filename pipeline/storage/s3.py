@@ -71,6 +71,22 @@ def client_of(pid: int, endpoint: str | None) -> Any:
     )
 
 
+def put_new(url: str, bucket: str, key: str, data: bytes) -> None:
+    """A PUT that the store refuses where the key is taken, which is no error here."""
+    from botocore.exceptions import ClientError
+
+    def put() -> None:
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if _status(error) == 409:  # two at once, and the store has taken neither
+                raise StorageError(f"{url}: the store answered 409") from error
+            if _status(error) != 412:
+                raise
+
+    retried(url, put)
+
+
 def retried(url: str, call: Callable[[], T], attempts_if_missing: int = MISSING_ATTEMPTS) -> T:
     """Runs an S3 request, again after a passing failure with exponential, jittered delays.
 

@@ -49,12 +49,12 @@ def register(
     tracking_uri: str,
     experiment: str,
     run_id: str = "",
-    alias: str = "champion",
+    alias: str | None = "champion",
     tags: Mapping[str, str] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Version:
-    """The model directory at `url` as a version of `name`, with `alias` pointing to it. The same model again is the
-    same version.
+    """The model directory at `url` as a version of `name`, with `alias` (None: none) pointing to it. The same model
+    again is the same version.
 
     Raises:
         ValueError: the directory is damaged, or MLflow refuses; says why.
@@ -66,7 +66,8 @@ def register(
         version = _known(client, name, model.digest) or _create(
             client, url, name, model.digest, experiment, run_id, dict(tags or {}), dict(metrics or {}), images_seen
         )
-        client.set_registered_model_alias(name, alias, str(version.version))
+        if alias:
+            client.set_registered_model_alias(name, alias, str(version.version))
     except MlflowException as error:
         raise ValueError(f"registering {name} at {tracking_uri}: {error}") from error
     return version

@@ -20,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.storage.lease import Lost
 
 VERSION = 2
 COMMIT = "commit.json"
@@ -64,14 +65,24 @@ def folder(store: str, step: int) -> str:
     return storage.join(store, f"step-{step:09d}")
 
 
-def write(store: str, state: State) -> str:
-    """Writes and commits a checkpoint; returns its URL. One of the same step that is there loses its record first."""
+def write(store: str, state: State, may_write: Callable[[], None] = lambda: None) -> str:
+    """Writes and commits a checkpoint; returns its URL. One of the same step that is there loses its record first.
+
+    may_write: raises where the store is another job's by now; asked before anything is touched, before each file and,
+    last of all, before the record, which is only written where there is none: whoever slept meanwhile takes no one
+    else's away.
+
+    Raises:
+        Lost: another writer has committed this step meanwhile. What `may_write` raises.
+    """
+    may_write()
     url = folder(store, state.step)
     _make_folder(url)
     remove_record(url)
     files: dict[str, dict[str, Any]] = {}
 
     def put(name: str, data: bytes) -> None:
+        may_write()
         storage.write_bytes(storage.join(url, name), data)
         files[name] = {"sha256": storage.digest(data), "bytes": len(data)}
 
@@ -80,7 +91,9 @@ def write(store: str, state: State) -> str:
     put(STATE, _json({"step": state.step, "facts": dict(state.facts)}))
     marks = {name: state.facts.get(name) for name in ("images", "bits_per_dim")}
     record = {"version": VERSION, "step": state.step, "files": files, **marks}
-    storage.write_bytes(storage.join(url, COMMIT), _json({**record, "sha256": storage.digest(_json(record))}))
+    may_write()
+    if not storage.create_bytes(storage.join(url, COMMIT), _json({**record, "sha256": storage.digest(_json(record))})):
+        raise Lost(f"{url} was committed by another job meanwhile; this one writes nothing more there")
     return url
 
 

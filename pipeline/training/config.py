@@ -1,7 +1,7 @@
 """The run file's `training` section: how long and how to train, what is kept, what guards a run left alone."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -14,6 +14,13 @@ AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 PRECISIONS = (*AUTOCAST, "auto")
 REDUCTIONS = ("ddp", "exact")
 ON_SPIKE = ("none", "skip", "rollback")
+
+# what the weights follow from, beside the run's identity
+MAKES_WEIGHTS = (
+    *("images", "learning_rate", "law", "warmup_images", "betas", "weight_decay", "clip_norm", "ema_half_life_images"),
+    *("ema_ramp_up", "label_dropout", "precision", "reduction", "skip_steps", "on_spike", "spike_factor"),
+    *("spike_window", "rollback_skips"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,9 @@ class TrainingConfig:
     sample_images: Annotated[int, "images of a sample grid; 0: none is made", Range(ge=0)] = 64
     sample_raw: Annotated[bool, "a grid of the weights themselves too: twice the cost"] = False
     checkpoint_every_images: Annotated[int, "images between two checkpoints; 0: at the end only", Range(ge=0)] = 50_000
+    checkpoint_every_minutes: Annotated[
+        float, "and at most so many minutes of work without one; 0: no such limit", Range(ge=0)
+    ] = 10.0
     keep: Annotated[int, "checkpoints kept, the newest ones", Range(ge=1)] = 3
     keep_best: Annotated[
         int, "and so many with the best held-out bits/dim, of those measured when saved", Range(ge=0)
@@ -87,3 +97,9 @@ class TrainingConfig:
             raise ValueError(f"training.precision must be one of {', '.join(PRECISIONS)}, got '{self.precision}'")
         for name, valid in (("law", LAWS), ("compile", COMPILE), ("reduction", REDUCTIONS), ("on_spike", ON_SPIKE)):
             choose(dict.fromkeys(valid), getattr(self, name), f"training.{name}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the weights follow from, JSON values."""
+        values = {name: getattr(self, name) for name in MAKES_WEIGHTS}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -52,6 +52,11 @@ class Prepared(Event):
 
 
 @dataclass(frozen=True)
+class Moved(Event):
+    """The run has come so far; told to a terminal alone, as often as it likes, and no part of a run's record."""
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """Means over the steps since the last one.
 
@@ -182,6 +187,7 @@ KINDS: dict[str, type[Event]] = {
     for kind in (
         Started,
         Prepared,
+        Moved,
         Step,
         Evaluated,
         Curve,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -56,6 +56,7 @@ class Learner:
         self.memory = task.objective if isinstance(task.objective, Remembers) else None
         self.guard = Guard(config)
         self.progress = Progress()
+        self.history: list[dict[str, Any]] = [{"from_images": 0, **config.settings}]
 
     def keys(self, shards: Sequence[int]) -> list[StepKey]:
         """What the draws of the coming step depend on."""
@@ -116,6 +117,7 @@ class Learner:
         """What a checkpoint holds. seconds: of training until now."""
         progress = asdict(self.progress) | {"seconds": seconds}
         facts = {**progress, "identity": dict(self.task.identity), "guard": self.guard.state()}
+        facts |= {"about": dict(self.task.about), "history": self.history}
         return State(self.progress.step, self.tensors(), facts)
 
     def load(self, state: State) -> None:
@@ -136,3 +138,14 @@ class Learner:
             raise RunError(f"{where} does not fit the network: {error}") from None
         self.guard.load(state.facts["guard"])
         self.progress = Progress.of(state.step, state.facts)
+        self.history = self._gone_on(state.facts.get("history", []))
+
+    def _gone_on(self, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Which settings the weights were made with, from which number of images on: those of before, and the present
+        ones where they differ.
+        """
+        now = self.config.settings
+        known = [dict(part) for part in history]
+        if known and {**known[-1], "from_images": 0} == {"from_images": 0, **now}:
+            return known
+        return [*known, {"from_images": self.progress.images, **now}]

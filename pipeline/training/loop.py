@@ -25,7 +25,7 @@ from pipeline.training.restore import RunError, restore
 from pipeline.training.retention import Keep
 from pipeline.training.saver import Saver
 from pipeline.training.start import make_ready
-from pipeline.training.task import Hooks, Task, check, check_identity
+from pipeline.training.task import Hooks, Task, check, check_finished, check_identity
 
 __all__ = ["Diverged", "Hooks", "RunError", "Task", "TrainingConfig", "standing", "train"]
 
@@ -36,7 +36,8 @@ def train(task: Task) -> Iterator[say.Event]:
     Every rank runs it, and runs it to its end. With place.world > 1 torch.distributed must be initialised.
 
     Raises:
-        RunError: workers without a logical shard, precision that the hardware lacks, a checkpoint of another run.
+        RunError: workers without a logical shard, precision that the hardware lacks, a checkpoint of another run, a
+            store that another job took over.
         Diverged: the guards left out `skip_limit` steps in a row, or went back as often from one place.
     """
     check(task)
@@ -48,16 +49,19 @@ def train(task: Task) -> Iterator[say.Event]:
             run.saver.close()
 
 
-def standing(config: TrainingConfig, batch_size: int, store: str, identity: Mapping[str, Any]) -> say.Finished | None:
+def standing(
+    config: TrainingConfig, batch_size: int, store: str, identity: Mapping[str, Any], about: Mapping[str, Any]
+) -> say.Finished | None:
     """The end of a training that is there already, verified; None where there is something left to do.
 
     Raises:
-        RunError: what is there is of another run.
+        RunError: what is there is of another run, or has ended and would be changed, see `check_finished`.
     """
     state, _ = newest(store)
     if state is None:
         return None
     check_identity(state.facts["identity"], identity, store)
+    check_finished((state.step, state.facts), config, batch_size, about, store)
     progress = Progress.of(state.step, state.facts)
     end = progress.end(config, batch_size)
     if progress.ended is None or end is None:
@@ -74,7 +78,7 @@ class _Run:
         if task.place.device.type == "cpu":
             hardware.keep_memory()
         self.learner = Learner(task)
-        self.saver = Saver(task.store, Keep(config.keep, config.keep_best, config.keep_every_images))
+        self.saver = Saver(task.store, Keep(config.keep, config.keep_best, config.keep_every_images), task.hooks.commit)
         schedule = self.learner.denoiser.schedule
         self.window = StepMetrics((schedule.gamma_min, schedule.gamma_max))
         self.prepared: say.Prepared | None = None
@@ -83,6 +87,7 @@ class _Run:
         self.recovery = Recovery(self.learner, self.saver.wait)
         self.evaluated_at = self.sampled_at = -1  # the steps whose evaluation and samples were told
         self.clock, self.seconds_before = time.monotonic(), 0.0
+        self.saved_s = self.clock  # when the last checkpoint was begun
 
     @property
     def progress(self) -> Progress:
@@ -95,6 +100,9 @@ class _Run:
         if state is not None:
             self.learner.load(state)
             self.seconds_before = self.progress.seconds
+            check_finished(
+                (state.step, state.facts), self.config, self.task.batch_size, self.task.about, self.task.store
+            )
         yield self._started(rejected)
         end = self._end()
         if end is not None and self.progress.ended is not None:
@@ -194,7 +202,12 @@ class _Run:
     def _wishes(self) -> tuple[bool, bool, bool]:
         hours = self.config.max_hours
         time_is_up = self.place.rank == 0 and hours > 0 and self._seconds() >= 3600 * hours
-        return self.task.hooks.stop(), time_is_up, self.task.hooks.save()
+        return self.task.hooks.stop(), time_is_up, self.task.hooks.save() or self._much_to_lose()
+
+    def _much_to_lose(self) -> bool:
+        """Whether the last checkpoint is long ago, by rank 0's clock."""
+        minutes = self.config.checkpoint_every_minutes
+        return self.place.rank == 0 and 0 < 60 * minutes <= time.monotonic() - self.saved_s
 
     def _due(self, every: int) -> bool:
         """Whether the step just done passed a multiple of `every` images."""
@@ -223,7 +236,7 @@ class _Run:
 
     def _save(self, ended: str | None = None) -> say.CheckpointBegun:
         self.progress.ended = ended
-        self.recovery.went_back = 0
+        self.recovery.went_back, self.saved_s = 0, time.monotonic()
         if self.place.rank == 0:
             self.saver.save(self.learner.state(self._seconds()))
         return say.CheckpointBegun(*self._now)
@@ -231,6 +244,8 @@ class _Run:
     def _saved(self, wait: bool = False) -> Iterator[say.Event]:
         for done in self.saver.outcomes(wait):
             images = done.step * self.task.batch_size
+            if done.lost:
+                raise RunError(str(done.failure))
             if done.committed:
                 yield say.CheckpointSaved(done.step, images, done.url, done.wait_s, done.write_s)
             if done.failure is not None:

@@ -1,13 +1,16 @@
 """Saving in the background: the training pays for one copy of its state."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.storage.lease import Lost
 from pipeline.training.checkpoint import State, Tensors, folder, write
 from pipeline.training.retention import Keep, prune
 
@@ -16,7 +19,7 @@ from pipeline.training.retention import Keep, prune
 class SaveOutcome:
     """How a save ended: committed or not, and what went wrong (with it, or where it was, with removing older ones).
 
-    wait_s: what the caller spent on it; write_s: what the background did.
+    wait_s: what the caller spent on it; write_s: what the background did. lost: the store is another job's by now.
     """
 
     step: int
@@ -25,16 +28,17 @@ class SaveOutcome:
     wait_s: float
     write_s: float
     failure: str | None = None
+    lost: bool = False
 
 
 class Saver:
     """Saves in a thread of its own: the caller pays for one copy into buffers that are kept.
 
-    It waits where the save before is still being written.
+    It waits where the save before is still being written. may_write: see `checkpoint.write`.
     """
 
-    def __init__(self, store: str, keep: Keep) -> None:
-        self.store, self.keep = store, keep
+    def __init__(self, store: str, keep: Keep, may_write: Callable[[], None] = lambda: None) -> None:
+        self.store, self.keep, self.may_write = store, keep, may_write
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._pending: Future[SaveOutcome] | None = None
@@ -86,20 +90,23 @@ class Saver:
 
     def _write(self, state: State, wait_s: float) -> SaveOutcome:
         start = time.perf_counter()
-        url, committed, failure = folder(self.store, state.step), False, None
+        url, committed, failure, lost = folder(self.store, state.step), False, None, False
         try:
-            write(self.store, state)
+            write(self.store, state, self.may_write)
             committed = True
             prune(self.store, self.keep)
+        except Lost as error:  # what is there is no longer ours to clear
+            failure, lost = str(error), True
         except (OSError, ValueError, MemoryError) as error:  # a full disk, an unreachable store: the run says so
             failure = f"{type(error).__name__}: {error}"
             if not committed:
                 self._clear(url)
-        return SaveOutcome(state.step, url, committed, wait_s, time.perf_counter() - start, failure)
+        return SaveOutcome(state.step, url, committed, wait_s, time.perf_counter() - start, failure, lost)
 
     def _clear(self, url: str) -> None:
-        """Gives back the room that a failed save took; where that fails too, the next pruning does it."""
-        try:
+        """Gives back the room that a failed save took; where that fails too, the next pruning does it. What another job
+        wrote while the save was failing is not touched.
+        """
+        with suppress(OSError, Lost):
+            self.may_write()
             storage.delete_tree(url)
-        except OSError:
-            return

@@ -14,6 +14,7 @@ from pipeline.diffusion.objectives.loss import Objective
 from pipeline.diffusion.space import Space
 from pipeline.training import hardware
 from pipeline.training.config import TrainingConfig
+from pipeline.training.progress import Progress
 from pipeline.training.restore import RunError
 from pipeline.training.step import Place
 
@@ -50,12 +51,14 @@ class Hooks:
     sample: denoiser -> uint8 (n, C, H, W); rank 0 alone is asked.
     stop, save: whether to save a checkpoint now, and to stop or to go on; asked once a step on every rank, one yes is
     enough.
+    commit: raises `lease.Lost` where the checkpoints' place is another job's by now; rank 0 asks before it commits one.
     """
 
     evaluate: Callable[[Denoiser, Place], HeldOut] | None = None
     sample: Callable[[Denoiser], Tensor] | None = None
     stop: Callable[[], bool] = lambda: False
     save: Callable[[], bool] = lambda: False
+    commit: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Task:
     """What to train, where, from which data.
 
     open_batches: step -> the data from that step on. identity: JSON facts that a checkpoint must share to be continued
-    (model, objective, data digest, batch); store: URL of the checkpoints.
+    (model, objective, data digest, batch); store: URL of the checkpoints. about: JSON facts that a model's card is to
+    tell of this run (name, classes, data), kept in every checkpoint.
     """
 
     config: TrainingConfig
@@ -79,6 +83,7 @@ class Task:
     identity: Mapping[str, Any] = field(default_factory=dict)
     place: Place = field(default_factory=Place)
     hooks: Hooks = field(default_factory=Hooks)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def total_steps(self) -> int:
@@ -105,4 +110,32 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], store: str
         raise RunError(
             f"the checkpoints at {store} are of another run: {'; '.join(differing[:4])}; give this run another output, "
             f"or remove them"
+        )
+
+
+def check_finished(
+    state: tuple[int, Mapping[str, Any]], config: TrainingConfig, batch_size: int, about: Mapping[str, Any], store: str
+) -> None:
+    """state: a checkpoint's step and facts.
+
+    Raises:
+        RunError: the training is at its end, and settings are changed that would only count in further steps; names
+            them.
+    """
+    progress = Progress.of(*state)
+    if progress.ended in (None, "stopped") or progress.end(config, batch_size) is None:
+        return
+    history = state[1].get("history")
+    before = {**(history[-1] if history else {}), "name": state[1].get("about", {}).get("name")}
+    now = {**config.settings, "name": about.get("name")}
+    changed = [
+        f"{'' if key == 'name' else 'training.'}{key} was {before[key]!r}, is {value!r}"
+        for key, value in now.items()
+        if key != "images" and before.get(key) is not None and before[key] != value
+    ]
+    if changed:
+        raise RunError(
+            f"the run at {store} has ended ({progress.ended}, {progress.images:,} images) and nothing would be trained "
+            f"with what was changed: {'; '.join(changed)}; change it back, extend the run (training.images), or give "
+            f"the new one another output"
         )

@@ -9,7 +9,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from pipeline import storage
-from pipeline.storage import local, s3
+from pipeline.storage import files, local, s3
 from tests.faults.data_store import Proxy, environment
 
 REFUSED = [
@@ -179,7 +179,7 @@ def test_bytes_that_are_wrong_twice_in_the_same_way_are_damaged(
 ) -> None:
     url, read, reads = storage.join(s3_bucket, "data"), storage.read_array, list[str]()
     storage.write_bytes(url, b"as it was")
-    monkeypatch.setattr(storage, "read_array", lambda url, stop: (reads.append(url), read(url, stop))[1])
+    monkeypatch.setattr(files, "read_array", lambda url, stop: (reads.append(url), read(url, stop))[1])
     for sha256, expected in ((storage.digest(b"as it was"), 1), (storage.digest(b"another"), 2), (None, 2)):
         reads.clear()
         data, right = storage.read_sure(url, sha256, 100)

@@ -61,7 +61,7 @@ class Recorder:
         self.root, self.disk, self.cut = str(root), Disk(), cut
         self.contents: dict[str, bytes] = {"folder": b""}
         self.synced: dict[str, str] = {}
-        for name in ("fsync", "replace", "unlink", "rmdir", "mkdir"):
+        for name in ("fsync", "replace", "link", "unlink", "rmdir", "mkdir"):
             monkeypatch.setattr(os, name, self.followed(getattr(os, name), getattr(self, name)))
 
     def followed(self, call: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
@@ -89,6 +89,8 @@ class Recorder:
 
     def replace(self, path: str, to: str) -> None:
         self.disk.pending.append((self.inside(to), self.synced[path]))
+
+    link = replace
 
     def unlink(self, path: str) -> None:
         self.disk.pending.append((self.inside(path), None))

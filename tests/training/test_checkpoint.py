@@ -178,14 +178,10 @@ def test_a_save_makes_the_training_wait_for_one_copy(tmp_path: Path, megabytes: 
 
 
 def test_a_store_that_fails_gives_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.storage.write_bytes
+    def full(url: str, data: bytes) -> bool:
+        raise OSError(28, "No space left on device")
 
-    def write(url: str, data: bytes) -> None:
-        if url.endswith("commit.json"):
-            raise OSError(28, "No space left on device")
-        real(url, data)
-
-    monkeypatch.setattr(checkpoint.storage, "write_bytes", write)
+    monkeypatch.setattr(checkpoint.storage, "create_bytes", full)  # of the record
     saver = Saver(str(tmp_path), Keep(1))
     saver.save(state(1))
     (outcome,) = saver.outcomes(wait=True)

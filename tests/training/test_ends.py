@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from pipeline.diffusion.denoiser import Denoiser
+from pipeline.storage.lease import Lost
 from pipeline.training import checkpoint
 from pipeline.training import events as say
-from pipeline.training.loop import standing, train
+from pipeline.training.loop import RunError, standing, train
 from pipeline.training.step import Place
 from pipeline.training.task import HeldOut, Hooks
 from tests.training.runs import BATCH, digests, spawn, task
@@ -71,11 +72,28 @@ def test_a_target(tmp_path: Path) -> None:
 def test_standing_says_which_end_it_is(tmp_path: Path) -> None:
     over: dict[str, Any] = {"images": 6 * BATCH, "max_steps": 4}
     made = task(str(tmp_path), **over)
-    assert standing(made.config, BATCH, made.store, made.identity) is None
+    assert standing(made.config, BATCH, made.store, made.identity, {}) is None
     events = list(train(made))
-    assert standing(made.config, BATCH, made.store, made.identity) == events[-1]
+    assert standing(made.config, BATCH, made.store, made.identity, {}) == events[-1]
     longer = task(str(tmp_path), **{**over, "max_steps": 5})
-    assert standing(longer.config, BATCH, longer.store, longer.identity) is None
+    assert standing(longer.config, BATCH, longer.store, longer.identity, {}) is None
+
+
+def test_an_output_that_another_job_took_over_ends_it(tmp_path: Path) -> None:
+    """Its checkpoints are refused from then on, and it says so in place of training on for nothing."""
+    asked: list[int] = []
+
+    def commit() -> None:
+        asked.append(1)
+        if len(asked) > 2:
+            raise Lost("taken over by another job")
+
+    hooks = Hooks(commit=commit)
+    with pytest.raises(RunError, match="taken over by another job"):
+        list(train(task(str(tmp_path), hooks=hooks, images=9 * BATCH, checkpoint_every_images=2 * BATCH)))
+    assert len(asked) == 3, "twice for the first checkpoint, once for the second"
+    assert checkpoint.committed(str(tmp_path)) == [2]
+    assert checkpoint.folders(str(tmp_path)).keys() == {2}
 
 
 def test_every_rank_stops_for_one(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +136,8 @@ def clean(made: GeneratedSet) -> None:
     storage.delete_tree(made.building)
 
 
-def commit(made: GeneratedSet) -> Manifest:
-    """Joins all part records into the set's tables and writes the manifest, last.
+def commit(made: GeneratedSet, may_write: Callable[[], None] = lambda: None) -> Manifest:
+    """Joins all part records into the set's tables and writes the manifest, last. may_write: see `versions.commit`.
 
     Raises:
         FileNotFoundError: a slice is not finished.
@@ -171,7 +171,7 @@ def commit(made: GeneratedSet) -> Manifest:
             REJECTS_SCHEMA.empty_table(),
             None,
         )
-        found = versions.commit(made.url, new)
+        found = versions.commit(made.url, new, may_write)
     clean(made)
     return found
 

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ from pipeline.data.sets.tables import (
     Table,
     sample_batches,
 )
+from pipeline.storage.lease import hold
 
 DUPLICATE = "an exact duplicate"
 
@@ -229,9 +230,9 @@ def finished(work: Plan) -> dict[int, SliceDone]:
     return done
 
 
-def commit(work: Plan) -> Manifest:
+def commit(work: Plan, may_write: Callable[[], None]) -> Manifest:
     """Joins all part records into the set's next version, the manifest last. Gives back the version that stands where
-    nothing is new.
+    nothing is new. may_write: see `versions.commit`.
 
     Raises:
         ValueError: not one readable image; a removal list that cannot be read.
@@ -283,6 +284,7 @@ def commit(work: Plan) -> Manifest:
                 ),
                 before,
             ),
+            may_write,
         )
     clean(work)
     return made
@@ -362,17 +364,22 @@ def shard_in_process(config: ShardConfig) -> Manifest:
     """The whole job without Ray, one slice after the other; goes on where it was cut off, extends a finished set.
 
     Raises:
-        ValueError, OSError: as `plan`, `make_slice`, `commit`, `manifest.mix`.
+        ValueError, OSError: as `plan`, `make_slice`, `commit`, `versions.mix`; lease.Held: another job is at it.
     """
+    with hold(config.url, "a shard job") as lease:
+        return _shard_in_process(config, lease.claim.check)
+
+
+def _shard_in_process(config: ShardConfig, may_write: Callable[[], None]) -> Manifest:
     if config.mixture:
-        return versions.mix(config.url, config.mixture)
+        return versions.mix(config.url, config.mixture, may_write)
     work = plan(config)
     try:
         there = finished(work)
         for index in work.indices:
             if index not in there:
                 make_slice(config, work.building, work.slice(index))
-        return commit(work)
+        return commit(work, may_write)
     finally:
         work.close()
 

@@ -1,7 +1,7 @@
 """Writing a set's versions, and mixtures of sets; the layout is `manifest`'s."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,8 +33,10 @@ class Version:
     before: Manifest | None
 
 
-def commit(url: str, new: Version) -> Manifest:
-    """Writes the tables, then the version's manifest.json, then the set's."""
+def commit(url: str, new: Version, may_write: Callable[[], None]) -> Manifest:
+    """Writes the tables, then the version's manifest.json, then the set's. may_write: asked before these; raises where
+    the set is another job's by now.
+    """
     digest = content_digest(new.image, new.extras, new.names, new.shards, new.removed)
     before = new.before
     samples = list(before.sample_tables if before else ())
@@ -61,10 +63,11 @@ def commit(url: str, new: Version) -> Manifest:
             "rejects": rejects,
             "mixture": [],
         },
+        may_write,
     )
 
 
-def mix(url: str, weights: Mapping[str, float]) -> Manifest:
+def mix(url: str, weights: Mapping[str, float], may_write: Callable[[], None] = lambda: None) -> Manifest:
     """Writes a mixture of finished sets (URL -> weight) at `url`; a part is read as it is now, by its digest.
 
     Raises:
@@ -111,6 +114,7 @@ def mix(url: str, weights: Mapping[str, float]) -> Manifest:
             "rejects": [],
             "mixture": mixture,
         },
+        may_write,
     )
 
 
@@ -131,8 +135,9 @@ def _write_table(url: str, digest: str, name: str, data: bytes) -> tuple[str, st
     return f"{folder_of(digest)}/{name}", storage.digest(data)
 
 
-def _write_root(url: str, root: dict[str, Any]) -> Manifest:
+def _write_root(url: str, root: dict[str, Any], may_write: Callable[[], None]) -> Manifest:
     data = _json_bytes(root)
+    may_write()
     storage.write_bytes(storage.join(url, folder_of(root["digest"]), "manifest.json"), data)
     storage.write_bytes(storage.join(url, "manifest.json"), data)
     return load(url)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pipeline.config import RunConfig, to_yaml
 from pipeline.data.sets.manifest import Manifest, load
@@ -19,6 +20,8 @@ from tests.data.folders import write_images
 from tests.tracking.database import database
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own use of its libraries
+
 TRAINING = {"images": 48, "evaluate_images": 0, "sample_images": 0}
 
 

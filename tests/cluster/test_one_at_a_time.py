@@ -1,4 +1,4 @@
-"""Two jobs of the command line on one output, on one set: the second is refused by name, the first is not disturbed."""
+"""Two jobs of the command line on one output: the second is refused by name, the first is not disturbed."""
 
 import os
 import signal
@@ -12,11 +12,10 @@ import psutil
 import pytest
 
 from pipeline.config import RunConfig, to_yaml
-from pipeline.data.sets.manifest import Manifest, load
+from pipeline.data.sets.manifest import Manifest
 from pipeline.storage.lease import FOLDER
 from pipeline.training import checkpoint
 from tests.cluster.test_train import run_config
-from tests.data.folders import write_images
 from tests.tracking.database import database
 
 ROOT = Path(__file__).parents[2]
@@ -62,16 +61,3 @@ def test_two_trainings_on_one_output(tmp_path: Path, small_set: Manifest) -> Non
     config = replace(made, tracking=replace(made.tracking, uri=database()))
     one_at_a_time("train", config, tmp_path / "run", tmp_path / "run-file.yaml", "--local")
     assert checkpoint.committed(str(tmp_path / "run" / "checkpoints"))[0] == 3
-
-
-def test_two_shard_jobs_on_one_set(tmp_path: Path, ray_cluster: None) -> None:
-    import ray
-
-    write_images(tmp_path / "images", 60, 8, 1)
-    made = run_config(tmp_path / "run", str(tmp_path / "set"))
-    shard = replace(made.shard, source=str(tmp_path / "images"), channels=1, samples_per_shard=10)
-    address = ray.get_runtime_context().gcs_address
-    one_at_a_time(
-        "shard", replace(made, shard=shard), tmp_path / "set", tmp_path / "x.yaml", f"cluster.address={address}"
-    )
-    assert load(str(tmp_path / "set")).card["samples"] == 60

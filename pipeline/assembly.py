@@ -296,7 +296,7 @@ def needs(config: "RunConfig") -> Footprint:
     stream, model = config.stream, config.model
     checkpointed = config.training.checkpoint_activations
     conditioner = numbered(model.condition, model.classes)
-    return footprint(lambda: network_of(model), model.shape, conditioner, stream.shard_batch, checkpointed)
+    return footprint(lambda: network_of(model), space_of(model).shape, conditioner, stream.shard_batch, checkpointed)
 
 
 def has_room(config: "RunConfig", workers: int) -> None:

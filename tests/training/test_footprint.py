@@ -48,14 +48,14 @@ def really_kept(config: ModelConfig) -> int:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_trace_counts_what_a_real_pass_keeps(name: str) -> None:
     config = model(name)
-    found = footprint(lambda: network_of(config), config.shape, numbered("labels", config.classes), IMAGES, False)
+    found = footprint(lambda: network_of(config), config.image_shape, numbered("labels", config.classes), IMAGES, False)
     assert found.saved == pytest.approx(really_kept(config), rel=0.1)
     parameters = list(network_of(config).parameters())
     assert found.parameters == sum(p.numel() for p in parameters)
     assert found.state == 5 * 4 * found.parameters
-    less = footprint(lambda: network_of(config), config.shape, numbered("labels", config.classes), IMAGES, True)
+    less = footprint(lambda: network_of(config), config.image_shape, numbered("labels", config.classes), IMAGES, True)
     assert less.saved < 0.7 * found.saved, "checkpointed activations are fewer"
-    twice = footprint(lambda: network_of(config), config.shape, numbered("labels", config.classes), 2 * IMAGES, False)
+    twice = footprint(lambda: network_of(config), config.image_shape, numbered("labels", config.classes), 2 * IMAGES, False)
     assert twice.saved == pytest.approx(2 * found.saved, rel=0.01)
 
 

@@ -55,7 +55,9 @@ def test_the_trace_counts_what_a_real_pass_keeps(name: str) -> None:
     assert found.state == 5 * 4 * found.parameters
     less = footprint(lambda: network_of(config), config.image_shape, numbered("labels", config.classes), IMAGES, True)
     assert less.saved < 0.7 * found.saved, "checkpointed activations are fewer"
-    twice = footprint(lambda: network_of(config), config.image_shape, numbered("labels", config.classes), 2 * IMAGES, False)
+    twice = footprint(
+        lambda: network_of(config), config.image_shape, numbered("labels", config.classes), 2 * IMAGES, False
+    )
     assert twice.saved == pytest.approx(2 * found.saved, rel=0.01)
 
 

@@ -36,6 +36,7 @@ from pipeline.diffusion.scaling import prior_variance
 from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.diffusion.space import Space
 from pipeline.ranges import Range, check
+from pipeline.size import settled, sides
 
 FILES = ("model.safetensors", "config.json", "card.json")
 SCORED_TOGETHER = 16  # rows of every network call of a score: so its bits do not depend on what is scored beside it
@@ -45,7 +46,7 @@ SCORED_TOGETHER = 16  # rows of every network call of a score: so its bits do no
 class ModelConfig:
     """What a model is: enough to build its network and to know how it was trained to denoise."""
 
-    size: Annotated[int, "image height and width, pixels", Range(ge=1)]
+    size: Annotated[int | tuple[int, int], "image height and width, pixels: 64, or [height, width]"]
     channels: Annotated[int, "colour channels: 1 or 3"] = 3
     classes: Annotated[int, "number of classes, or of tags; 0 for an unconditional model", Range(ge=0)] = 0
     condition: Annotated[str, "what the network is told of an image: labels (its class), tags (any of several)"] = (
@@ -70,6 +71,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self, "model")
+        object.__setattr__(self, "size", settled(self.size, "model.size"))
         if self.channels not in (1, 3):
             raise ValueError(f"model.channels must be 1 or 3, got {self.channels}")
         choose(KINDS, self.condition, "model.condition")
@@ -77,7 +79,12 @@ class ModelConfig:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return self.channels, self.size, self.size
+        return self.channels, *sides(self.size)
+
+    @property
+    def pixels(self) -> int:
+        """Of an image, height times width."""
+        return math.prod(sides(self.size))
 
 
 def space_of(config: ModelConfig) -> Space:

@@ -14,6 +14,7 @@ STANDARD = set(sys.stdlib_module_names)
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/choose.py": (set(), set()),
     "pipeline/ranges.py": (set(), set()),
+    "pipeline/size.py": (set(), set()),
     "pipeline/folders.py": (set(), {"torch", "safetensors"}),
     "pipeline/diffusion": ({"pipeline.choose"}, {"torch"}),
     "pipeline/schedulers.py": ({"pipeline.choose", "pipeline.diffusion"}, {"torch"}),
@@ -21,16 +22,33 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"pipeline.choose", "pipeline.folders"},
         {"torch", "safetensors", "tokenizers", "sentencepiece"},
     ),
-    "pipeline/backbones": ({"pipeline.choose", "pipeline.diffusion"}, {"torch"}),
+    "pipeline/backbones": ({"pipeline.size", "pipeline.choose", "pipeline.diffusion"}, {"torch"}),
     "pipeline/storage": (set(), {"numpy", "boto3", "botocore", "psutil", "pyarrow"}),
-    "pipeline/data/formats": ({"pipeline.choose"}, {"numpy", "cv2", "isal", "PIL", "simplejpeg"}),
-    "pipeline/data/sets": ({"pipeline.choose", "pipeline.storage", "pipeline.data.formats"}, {"numpy", "pyarrow"}),
+    "pipeline/data/formats": ({"pipeline.choose", "pipeline.size"}, {"numpy", "cv2", "isal", "PIL", "simplejpeg"}),
+    "pipeline/data/sets": (
+        {"pipeline.size", "pipeline.choose", "pipeline.storage", "pipeline.data.formats"},
+        {"numpy", "pyarrow"},
+    ),
     "pipeline/data/config.py": (
-        {"pipeline.ranges", "pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets"},
+        {
+            "pipeline.ranges",
+            "pipeline.size",
+            "pipeline.choose",
+            "pipeline.storage",
+            "pipeline.data.formats",
+            "pipeline.data.sets",
+        },
         set(),
     ),
     "pipeline/data/making": (
-        {"pipeline.choose", "pipeline.storage", "pipeline.data.formats", "pipeline.data.sets", "pipeline.data.config"},
+        {
+            "pipeline.choose",
+            "pipeline.size",
+            "pipeline.storage",
+            "pipeline.data.formats",
+            "pipeline.data.sets",
+            "pipeline.data.config",
+        },
         {"numpy", "pyarrow", "cv2", "braceexpand"},
     ),
     "pipeline/data/reading": (
@@ -54,6 +72,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/model.py": (
         {
             "pipeline.ranges",
+            "pipeline.size",
             "pipeline.choose",
             "pipeline.conditioner",
             "pipeline.diffusion",
@@ -82,6 +101,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline/serving": (
         {
             "pipeline.ranges",
+            "pipeline.size",
             "pipeline.choose",
             "pipeline.conditioner",
             "pipeline.diffusion",

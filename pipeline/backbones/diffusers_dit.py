@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 
-from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, taken
+from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, square, taken
 from pipeline.backbones.dit import DiTConfig
 from pipeline.backbones.table import Architecture
 
@@ -124,7 +124,7 @@ def dit_to_diffusers(architecture: Architecture, weights: Weights) -> Diffusers:
         "in_channels": architecture.channels,
         "out_channels": architecture.out_channels,
         "num_layers": config.layers,
-        "sample_size": architecture.size,
+        "sample_size": square(architecture),
         "patch_size": config.patch,
         "num_embeds_ada_norm": architecture.classes,
         "norm_eps": config.mlp_norm_eps,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.table import Architecture
+from pipeline.size import shown
 
 Weights = dict[str, Tensor]
 
@@ -20,6 +21,13 @@ class Diffusers(NamedTuple):
 
 def refused(reason: str) -> ValueError:
     return ValueError(f"no interchange with diffusers: {reason}")
+
+
+def square(architecture: Architecture) -> int:
+    """Pixels a side. Raises ValueError for an image that is not square: `sample_size` is one number."""
+    if not isinstance(architecture.size, int):
+        raise refused(f"size is {shown(architecture.size)}; diffusers' sample_size is one number, for square images")
+    return architecture.size
 
 
 def checked(architecture: Architecture, weights: Mapping[str, Tensor]) -> Weights:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 
-from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, taken
+from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, square, taken
 from pipeline.backbones.pixart import PixArtConfig
 from pipeline.backbones.table import Architecture
 
@@ -114,7 +114,7 @@ def pixart_from_diffusers(config: Mapping[str, Any], weights: Weights) -> tuple[
 
 def pixart_to_diffusers(architecture: Architecture, weights: Weights) -> Diffusers:
     config = cast(PixArtConfig, architecture.config)
-    tokens = architecture.size // config.patch
+    tokens = square(architecture) // config.patch
     needed = {
         "mlp_ratio": 4,
         "kv_compress": 1,
@@ -142,7 +142,7 @@ def pixart_to_diffusers(architecture: Architecture, weights: Weights) -> Diffuse
         "out_channels": architecture.out_channels,
         "num_layers": config.layers,
         "cross_attention_dim": config.width,
-        "sample_size": architecture.size,
+        "sample_size": square(architecture),
         "patch_size": config.patch,
         "norm_eps": config.norm_eps,
         "interpolation_scale": config.position_scale,

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, skeleton, taken
+from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, skeleton, square, taken
 from pipeline.backbones.diffusers_unet import unet_names
 from pipeline.backbones.table import Architecture
 from pipeline.backbones.unet import UNetConfig
@@ -238,12 +238,12 @@ def _config(architecture: Architecture) -> dict[str, Any]:
         raise refused(f"norms have {sorted(groups)} groups; one number is needed: set norm_groups to {min(groups)}")
     widths = [config.base_width * m for m in config.multipliers]
     levels = len(widths)
-    attention = [architecture.size >> i in config.attention_at for i in range(levels)]
+    attention = [square(architecture) >> i in config.attention_at for i in range(levels)]
     added = config.pooled_width + SIZES * config.size_features
     return {
         "_class_name": "UNet2DConditionModel",
         **DEFAULTS,
-        "sample_size": architecture.size,
+        "sample_size": square(architecture),
         "in_channels": architecture.channels,
         "out_channels": architecture.out_channels,
         "flip_sin_to_cos": config.embedding_order == "cos_sin",

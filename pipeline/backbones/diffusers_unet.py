@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, skeleton, taken
+from pipeline.backbones.diffusers_layout import Diffusers, Weights, checked, refused, settled, skeleton, square, taken
 from pipeline.backbones.table import Architecture
 from pipeline.backbones.unet import UNetConfig
 from pipeline.choose import choose
@@ -246,7 +246,7 @@ def unet_config_to_diffusers(architecture: Architecture) -> dict[str, Any]:
         raise refused(
             f"norms have {sorted(groups)} groups; UNet2DModel has one number: set norm_groups to {min(groups)}"
         )
-    attention = [architecture.size >> i in config.attention_at for i in range(len(widths))]
+    attention = [square(architecture) >> i in config.attention_at for i in range(len(widths))]
     head_widths = {width // config.heads_of(width) for width, has in zip(widths, attention, strict=True) if has}
     head_widths.add(widths[-1] // config.heads_of(widths[-1]))
     if config.heads != 1 and len(head_widths) > 1:
@@ -259,7 +259,7 @@ def unet_config_to_diffusers(architecture: Architecture) -> dict[str, Any]:
     return {
         "_class_name": "UNet2DModel",
         **UNET_DEFAULTS,
-        "sample_size": architecture.size,
+        "sample_size": square(architecture),
         "in_channels": architecture.channels,
         "out_channels": architecture.out_channels,
         "freq_shift": 1 if config.embedding_denominator == "half_minus_1" else 0,

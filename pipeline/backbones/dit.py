@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.backbones.layers import EmbeddingDenominator, label_embedding, refuse_augmentation, sinusoidal_embedding
 from pipeline.backbones.options import at_least, positive, settle
 from pipeline.diffusion.conditioning import Conditioning
+from pipeline.size import Size, shown, sides
 
 LEVEL_WIDTH = 256  # sinusoids of the noise level
 
@@ -53,12 +54,12 @@ def dit(name: DiTName, patch: int = 2) -> DiTConfig:
     return DiTConfig(width=width, layers=layers, heads=heads, patch=patch)
 
 
-def position_embedding(width: int, side: int) -> Tensor:
-    """(side * side, width) float32, row by row: sines and cosines of the column, then of the row."""
+def position_embedding(width: int, rows: int, columns: int) -> Tensor:
+    """(rows * columns, width) float32, row by row: sines and cosines of the column, then of the row."""
     frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency[None, :]
+    angle = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequency[None, :]
     one = torch.cat((angle.sin(), angle.cos()), dim=1)
-    column, row = one[None, :, :].expand(side, side, -1), one[:, None, :].expand(side, side, -1)
+    column, row = one[None, :columns].expand(rows, columns, -1), one[:rows, None].expand(rows, columns, -1)
     return torch.cat((column, row), dim=2).flatten(0, 1).float()
 
 
@@ -99,7 +100,7 @@ class DiT(nn.Module):
     Args:
         config: the architecture.
         channels: of z.
-        size: of z, pixels a side; divisible by `config.patch`.
+        size: of z, pixels a side or (height, width); divisible by `config.patch`.
         classes: number of class labels; 0: unconditional.
         out_channels: of F (2 * channels for a learned variance).
 
@@ -107,23 +108,25 @@ class DiT(nn.Module):
         ValueError: the patch does not divide the size.
     """
 
-    def __init__(self, config: DiTConfig, channels: int, size: int, classes: int, out_channels: int) -> None:
+    def __init__(self, config: DiTConfig, channels: int, size: Size, classes: int, out_channels: int) -> None:
         super().__init__()
-        if size < config.patch or size % config.patch:
-            raise ValueError(f"image size {size} does not divide into patches of {config.patch}: change patch")
+        height, across = sides(size)
+        if height % config.patch or across % config.patch:
+            what = size if isinstance(size, int) else f"{shown(size)} (width x height)"
+            raise ValueError(f"image size {what} does not divide into patches of {config.patch}: change patch")
         width, patch = config.width, config.patch
-        self.config, self.out_channels, self.side = config, out_channels, size // config.patch
+        self.config, self.out_channels, self.grid = config, out_channels, (height // patch, across // patch)
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.map1, self.map2 = nn.Linear(LEVEL_WIDTH, width), nn.Linear(width, width)
         self.labels = nn.Embedding(classes, width) if classes else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.modulation_out = nn.Linear(width, 2 * width)
         self.linear_out = nn.Linear(width, patch * patch * out_channels)
-        self.register_buffer("positions", position_embedding(width, self.side), persistent=False)
+        self.register_buffer("positions", position_embedding(width, *self.grid), persistent=False)
         initialise(self)
 
     def forward(self, z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
-        """z (n, channels, size, size), level (n,) float32, -> F (n, out_channels, size, size).
+        """z (n, channels, height, width), level (n,) float32, -> F (n, out_channels, height, width).
 
         Raises:
             ValueError: labels for a network without classes; augmentation, which it takes none of.
@@ -139,7 +142,7 @@ class DiT(nn.Module):
             x = block(x, emb)
         shift, scale = self.modulation_out(emb).chunk(2, dim=1)
         x = self.linear_out(modulated(x, shift, scale, config.norm_eps))
-        x = x.view(len(z), self.side, self.side, config.patch, config.patch, self.out_channels)
+        x = x.view(len(z), *self.grid, config.patch, config.patch, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(z), self.out_channels, *z.shape[2:])
 
 

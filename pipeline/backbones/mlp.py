@@ -3,6 +3,7 @@
 Only smooth operations, so that second derivatives exist (score matching with the trace).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.backbones.layers import label_embedding, refuse_augmentation, sinusoidal_embedding
 from pipeline.backbones.options import at_least, positive, settle
 from pipeline.diffusion.conditioning import Conditioning
+from pipeline.size import Size, sides
 
 
 @dataclass(frozen=True)
@@ -51,25 +53,26 @@ class MLP(nn.Module):
     Args:
         config: the architecture.
         channels: of z.
-        size: of z, pixels a side.
+        size: of z, pixels a side or (height, width).
         classes: number of class labels; 0: unconditional.
         out_channels: of F.
     """
 
-    def __init__(self, config: MLPConfig, channels: int, size: int, classes: int, out_channels: int) -> None:
+    def __init__(self, config: MLPConfig, channels: int, size: Size, classes: int, out_channels: int) -> None:
         super().__init__()
         self.config, self.out_channels = config, out_channels
         self.map1, self.map2 = nn.Linear(config.level_width, config.width), nn.Linear(config.width, config.width)
         self.labels = nn.Embedding(classes, config.width) if classes else None
-        self.first = nn.Linear(channels * size * size, config.width)
+        pixels = math.prod(sides(size))
+        self.first = nn.Linear(channels * pixels, config.width)
         self.blocks = nn.ModuleList(Block(config.width) for _ in range(config.blocks))
-        self.last = nn.Linear(config.width, out_channels * size * size)
+        self.last = nn.Linear(config.width, out_channels * pixels)
         if config.zero_last:
             nn.init.zeros_(self.last.weight)
             nn.init.zeros_(self.last.bias)
 
     def forward(self, z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
-        """z (n, channels, size, size), level (n,) float32, -> F (n, out_channels, size, size).
+        """z (n, channels, height, width), level (n,) float32, -> F (n, out_channels, height, width).
 
         Raises:
             ValueError: labels for a network without classes; augmentation, which it takes none of.

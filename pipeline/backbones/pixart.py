@@ -17,6 +17,7 @@ from pipeline.backbones.layers import EmbeddingDenominator, label_embedding, ref
 from pipeline.backbones.options import at_least, positive, settle
 from pipeline.backbones.words import CrossAttention, Prompt, Words, check_text, in_heads, prompt_of
 from pipeline.diffusion.conditioning import Conditioning
+from pipeline.size import Size, sides
 
 OUT_NORM_EPS = 1e-6
 MICRO_CONDITIONS = 3  # height and width of the image in pixels, and their ratio
@@ -122,7 +123,7 @@ class PixArt(nn.Module):
     Args:
         config: the architecture.
         channels: of z.
-        size: of z, pixels a side that it is trained at; others are taken as well.
+        size: of z, pixels a side or (height, width) that it is trained at; others are taken as well.
         classes: number of class labels; 0: none.
         out_channels: of F (2 * channels for a learned variance).
 
@@ -130,11 +131,11 @@ class PixArt(nn.Module):
         ValueError: the patch does not divide the size, or kv_compress not the tokens a side.
     """
 
-    def __init__(self, config: PixArtConfig, channels: int, size: int, classes: int, out_channels: int) -> None:
+    def __init__(self, config: PixArtConfig, channels: int, size: Size, classes: int, out_channels: int) -> None:
         super().__init__()
         width, patch = config.width, config.patch
-        self.config, self.out_channels, self.size = config, out_channels, size
-        self.grid(size, size)
+        self.config, self.out_channels, self.size = config, out_channels, sides(size)
+        self.grid(*self.size)
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.map1, self.map2 = nn.Linear(LEVEL_WIDTH, width), nn.Linear(width, width)
         self.labels = nn.Embedding(classes, width) if classes else None
@@ -157,7 +158,7 @@ class PixArt(nn.Module):
         self.blocks = nn.ModuleList(Block(config, compress) for compress in compressed)
         self.table_out = nn.Parameter(torch.empty(2, width))
         self.linear_out = nn.Linear(width, patch * patch * out_channels)
-        self.register_buffer("positions", self.positions_at(size, size), persistent=False)
+        self.register_buffer("positions", self.positions_at(*self.size), persistent=False)
         for place, layer in enumerate(self.cross_attentions()):
             layer.place = place
         initialise(self)
@@ -173,8 +174,9 @@ class PixArt(nn.Module):
 
     def positions_at(self, height: int, width: int) -> Tensor:
         rows, columns = self.grid(height, width)
-        base = float(self.config.position_base or self.size // self.config.patch)
-        return positions_of(self.config.width, rows, columns, (base, base), self.config.position_scale)
+        own, base = self.grid(*self.size), self.config.position_base
+        bases = (float(base or own[0]), float(base or own[1]))
+        return positions_of(self.config.width, rows, columns, bases, self.config.position_scale)
 
     def prompt(self, words: Words) -> Prompt:
         """Keys and values of all layers: give it in place of the words for as many calls as there are with them.
@@ -206,7 +208,7 @@ class PixArt(nn.Module):
         prompt = self.prompt(words) if isinstance(words, Words) else words
         emb = self.embed(level, conditioning, None if prompt is None else prompt.sizes)
         modulation = self.modulation(F.silu(emb)).unflatten(1, (6, -1))
-        own = height == width == self.size
+        own = (height, width) == self.size
         positions = cast(Tensor, self.positions) if own else self.positions_at(height, width).to(z)
         x = self.patches(z).flatten(2).transpose(1, 2) + positions
         for block in self.blocks:

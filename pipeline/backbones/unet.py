@@ -33,6 +33,7 @@ from pipeline.backbones.unet_text import TextTransformer, check_text_options
 from pipeline.backbones.vdm import check_exponents, fourier_features
 from pipeline.backbones.words import CrossAttention, Prompt, Words, check_text, prompt_of
 from pipeline.diffusion.conditioning import Conditioning
+from pipeline.size import Size, shown, sides
 
 Resize = Literal["none", "down", "up"]
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a transformer, whatever the others have
@@ -45,7 +46,9 @@ class UNetConfig:
     base_width: Annotated[int, "channels at full resolution; widths are multiples of it"] = 128
     multipliers: Annotated[tuple[int, ...], "width of each resolution in base widths, finest first"] = (1, 2, 2, 2)
     blocks: Annotated[int, "residual blocks a resolution going down (one more going up)"] = 2
-    attention_at: Annotated[tuple[int, ...], "pixels a side with self-attention; the middle always has it"] = (16,)
+    attention_at: Annotated[tuple[int, ...], "pixels (shorter side) with self-attention; the middle always has it"] = (
+        16,
+    )
     decoder_attention: Annotated[Literal["every", "last"], "going up: after every block or the last"] = "every"
     heads: Annotated[int | None, "attention heads; null: use head_width"] = 1
     head_width: Annotated[int | None, "channels a head; null: use heads"] = None
@@ -204,7 +207,7 @@ class UNet(nn.Module):
     Args:
         config: the architecture.
         channels: of z.
-        size: of z, pixels a side; divisible by 2 ** (resolutions - 1).
+        size: of z, pixels a side or (height, width); each divisible by 2 ** (resolutions - 1).
         classes: number of class labels; 0: unconditional.
         out_channels: of F (2 * channels for a learned variance).
 
@@ -212,7 +215,7 @@ class UNet(nn.Module):
         ValueError: sizes, widths, groups or heads that do not divide; attention at a resolution that does not occur.
     """
 
-    def __init__(self, config: UNetConfig, channels: int, size: int, classes: int, out_channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int, size: Size, classes: int, out_channels: int) -> None:
         super().__init__()
         resolutions = checked_resolutions(config, size)
         base, width = config.base_width, config.base_width
@@ -287,7 +290,7 @@ class UNet(nn.Module):
     def forward(
         self, z: Tensor, level: Tensor, conditioning: Conditioning, words: Words | Prompt | None = None
     ) -> Tensor:
-        """z (n, channels, size, size), level (n,) float32, -> F (n, out_channels, size, size).
+        """z (n, channels, height, width), level (n,) float32, -> F (n, out_channels, height, width).
 
         Raises:
             ValueError: labels for a network without classes, words for one without text.
@@ -356,17 +359,25 @@ class UNet(nn.Module):
         return self.augmentation(weight.new_zeros(count, taken) if given is None else given.to(weight.dtype))
 
 
-def checked_resolutions(config: UNetConfig, size: int) -> list[int]:
-    """Pixels a side at each level, full resolution first. Raises ValueError where config and size do not fit."""
+def checked_resolutions(config: UNetConfig, size: Size) -> list[int]:
+    """Pixels of the shorter side at each level, full resolution first.
+
+    Raises:
+        ValueError: config and size do not fit.
+    """
     factor = 2 ** (len(config.multipliers) - 1)
-    if size < factor or size % factor:
+    if any(side < factor or side % factor for side in sides(size)):
+        what = size if isinstance(size, int) else f"{shown(size)} (width x height)"
         raise ValueError(
-            f"image size {size} cannot be halved {len(config.multipliers) - 1} times: use fewer multipliers"
+            f"image size {what} cannot be halved {len(config.multipliers) - 1} times: use fewer multipliers"
         )
-    resolutions = [size >> i for i in range(len(config.multipliers))]
+    resolutions = [min(sides(size)) >> i for i in range(len(config.multipliers))]
     unknown = [r for r in config.attention_at if r not in resolutions]
     if unknown:
-        raise ValueError(f"attention_at names {unknown}, but this network works at {resolutions} pixels a side")
+        shorter = "" if isinstance(size, int) else ", the shorter one"
+        raise ValueError(
+            f"attention_at names {unknown}, but this network works at {resolutions} pixels a side{shorter}"
+        )
     return resolutions
 
 

@@ -27,6 +27,7 @@ from pipeline.backbones.layers import (
 )
 from pipeline.backbones.options import at_least, positive, probability, settle
 from pipeline.diffusion.conditioning import Conditioning
+from pipeline.size import Size, sides
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class VDM(nn.Module):
     Args:
         config: the architecture.
         channels: of z.
-        size: of z, pixels a side.
+        size: of z, pixels a side or (height, width).
         classes: number of class labels; 0: unconditional.
         out_channels: of F; the first `channels` of them are an offset to z.
 
@@ -114,9 +115,9 @@ class VDM(nn.Module):
         ValueError: widths and groups that do not divide; fewer output than input channels.
     """
 
-    def __init__(self, config: VDMConfig, channels: int, size: int, classes: int, out_channels: int) -> None:
+    def __init__(self, config: VDMConfig, channels: int, size: Size, classes: int, out_channels: int) -> None:
         super().__init__()
-        if size < 1 or out_channels < channels:
+        if min(sides(size)) < 1 or out_channels < channels:
             raise ValueError(
                 f"size {size} or out_channels {out_channels} is too small: at least 1 and {channels} are needed"
             )
@@ -133,7 +134,7 @@ class VDM(nn.Module):
         initialise(self)
 
     def forward(self, z: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
-        """z (n, channels, size, size), level (n,) float32: normalised gamma, -> F (n, out_channels, size, size).
+        """z (n, channels, height, width), level (n,) float32: normalised gamma, -> F (n, out_channels, height, width).
 
         Raises:
             ValueError: labels for a network without classes; augmentation, which it takes none of.

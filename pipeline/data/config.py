@@ -8,6 +8,7 @@ from pipeline.choose import choose
 from pipeline.data.formats import codecs, fit, headers
 from pipeline.data.sets.manifest import ImageSpec
 from pipeline.ranges import Range, check
+from pipeline.size import settled, sides
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class ShardConfig:
 
     source: Annotated[str, "folder or s3:// prefix of images (sub-folders are classes), or of .tar or .parquet files"]
     url: Annotated[str, "where the set goes, a folder or s3:// prefix; more images there later give a new version"]
-    image_size: Annotated[int, "side of the square images, pixels", Range(ge=1, le=4096)] = 64
+    image_size: Annotated[int | tuple[int, int], "image height and width, pixels: 64, or [height, width]"] = 64
     channels: Annotated[int, "1 grey, 3 RGB"] = 3
     encoding: Annotated[str, "png, webp (smaller, lossless), jpg (lossy), or raw (pixels, for tiny images)"] = "png"
     quality: Annotated[int, "of jpg, 1 to 100", Range(ge=1, le=100)] = 95
@@ -105,6 +106,9 @@ class ShardConfig:
             if getattr(self, name):
                 storage.parse(getattr(self, name))
         check(self)
+        object.__setattr__(self, "image_size", settled(self.image_size, "image_size"))
+        if max(sides(self.image_size)) > 4096:
+            raise ValueError(f"image_size must be 1 to 4096 pixels; got {self.image_size}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {self.channels}")
         choose(codecs.ENCODERS, self.encoding, "encoding")
@@ -131,6 +135,8 @@ class ShardConfig:
     def policy(self) -> dict[str, Any]:
         """Everything that decides what is made from given sources."""
         decides = [f for f in fields(self) if f.name not in PLACES]
-        return {
+        said = {
             f.name: getattr(self, f.name) for f in decides if f.name not in LATER or getattr(self, f.name) != f.default
-        } | {"samples_per_shard": self.slice_size}
+        }
+        size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)  # as JSON reads it back
+        return said | {"image_size": size, "samples_per_shard": self.slice_size}

@@ -48,21 +48,26 @@ class Features:
 
 
 class Classifier(nn.Module):
-    """Convolutions down to 4x4, a hidden layer of `WIDTH` (the features, after its SiLU), and the classes."""
+    """Convolutions down to 4x4 or below, a hidden layer of `WIDTH` (the features, after its SiLU), and the classes."""
 
-    def __init__(self, channels: int, size: int, classes: int) -> None:
+    def __init__(self, channels: int, size: tuple[int, int], classes: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, stride=1 if size <= 16 else 2, padding=1), nn.SiLU()]
-        side, width = size if size <= 16 else (size + 1) // 2, 32
-        while side > 4:
+        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, stride=1 if max(size) <= 16 else 2, padding=1), nn.SiLU()]
+        (height, across), width = size if max(size) <= 16 else _halved(size), 32
+        while max(height, across) > 4:
             layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.SiLU()]
-            side, width = (side + 1) // 2, 64
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, WIDTH), nn.SiLU())
+            (height, across), width = _halved((height, across)), 64
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * height * across, WIDTH), nn.SiLU())
         self.head = nn.Linear(WIDTH, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, C, H, W) in model space -> logits (n, classes)."""
         return self.head(self.body(x))
+
+
+def _halved(size: tuple[int, int]) -> tuple[int, int]:
+    """What a convolution of stride 2 leaves of (height, width)."""
+    return (size[0] + 1) // 2, (size[1] + 1) // 2
 
 
 def train_classifier(train: Labelled, classes: int, seed: int) -> Classifier:
@@ -74,7 +79,7 @@ def train_classifier(train: Labelled, classes: int, seed: int) -> Classifier:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed("classifier", seed))
-        net = Classifier(train.images.shape[1], train.images.shape[2], classes)
+        net = Classifier(train.images.shape[1], (train.images.shape[2], train.images.shape[3]), classes)
     x, labels, n = _values(train.images), train.labels, len(train.images)
     parameters = list(net.parameters())
     steps = min(max(EPOCHS * n // BATCH, STEPS[0]), STEPS[1])

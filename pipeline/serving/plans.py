@@ -27,6 +27,7 @@ from pipeline.serving.config import ServingConfig
 from pipeline.serving.ranges import LARGEST_LATENT, out_of_range
 from pipeline.serving.refusals import RequestError
 from pipeline.serving.requests import EncodingRequest, GenerationRequest, LikelihoodOptions, OptionValue, decode_base64
+from pipeline.size import shown, sides
 
 PLAIN = (bool, int, float, str, type(None))
 NUMBERS = Sequence[float]
@@ -118,9 +119,9 @@ def plan_generation(request: GenerationRequest, model: Model, config: ServingCon
     Raises:
         RequestError: what this model, this sampler or the limits do not allow; names the field.
     """
-    side = model.config.size
-    if request.size not in (None, "auto", f"{side}x{side}"):
-        raise RequestError(f"this model makes images of {side}x{side} pixels, got '{request.size}'", "size")
+    size = shown(model.config.size)
+    if request.size not in (None, "auto", size):
+        raise RequestError(f"this model makes images of {size} pixels, got '{request.size}'", "size")
     steps = config.steps if request.steps is None else request.steps
     if steps > config.max_steps:
         raise RequestError(f"at most {config.max_steps} steps, got {steps}", "steps")
@@ -258,15 +259,15 @@ def _decoded(data: bytes, name: str, policy: str, model: Model, config: ServingC
         pixels = codecs.decode(data, model.config.channels, limits, plain=True)
     except ValueError as error:
         raise RequestError(f"{name}: {error}", name.partition("[")[0]) from None
-    side = model.config.size
-    if policy == "exact" and pixels.shape[:2] != (side, side):
+    height, width = sides(model.config.size)
+    if policy == "exact" and pixels.shape[:2] != (height, width):
         got = f"{pixels.shape[1]} x {pixels.shape[0]}"
         raise RequestError(
-            f"{name}: this model takes images of {side} x {side} pixels, got {got}; "
+            f"{name}: this model takes images of {width} x {height} pixels, got {got}; "
             '"resize": "centre-crop" shrinks and crops it, "squash" shrinks it alone',
             "resize",
         )
-    pixels = fit.fit(pixels, side, policy)
+    pixels = fit.fit(pixels, model.config.size, policy)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -331,7 +332,7 @@ def _check_cost(
     what: str,
     instead: Callable[[], str] = lambda: "ask for less at a time",
 ) -> None:
-    pixels = model.config.size**2
+    pixels = model.config.pixels
     if cost * pixels > config.max_request_cost:
         raise RequestError(
             f"{what} x {pixels} pixels is more than the limit of {config.max_request_cost} (of a request, or of what "

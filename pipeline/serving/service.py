@@ -42,6 +42,7 @@ from pipeline.serving.plans import (
 from pipeline.serving.refusals import RequestError, unknown_model
 from pipeline.serving.requests import Call, EncodingRequest, GenerationRequest, ScoringRequest
 from pipeline.serving.self_test import self_test
+from pipeline.size import shown
 
 DEFAULT_PREVIEWS = 16
 
@@ -75,7 +76,7 @@ class Service:
 
     def __init__(self, model: Model, config: ServingConfig, identity: Identity) -> None:
         self.model, self.config, self.identity = model, config, identity
-        pixels = model.config.size**2
+        pixels = model.config.pixels
         self.engine = Engine(
             model.networks,
             chunk=config.chunk,
@@ -113,6 +114,8 @@ class Service:
         return {
             **await self.entry(),
             "size": config.size,
+            "height": config.image_shape[1],
+            "width": config.image_shape[2],
             "channels": config.channels,
             "condition": self.model.config.condition,
             **self._names(),
@@ -156,7 +159,7 @@ class Service:
         Raises:
             RequestError: as `answer`.
         """
-        return (await self._planned(asked)).cost * self.model.config.size**2
+        return (await self._planned(asked)).cost * self.model.config.pixels
 
     async def stream(self, asked: GenerationRequest) -> AsyncGenerator[dict[str, Any], None]:
         """The same as events: previews of x_hat as they come, then the whole answer. Closing it cancels the request."""
@@ -204,8 +207,12 @@ class Service:
             for index, encoded in enumerate(self._pngs(outcome.value))
         ]
         how = {"sampler": plan.how.sampler, "steps": plan.how.steps, "guidance": plan.how.guidance}
-        side = self.model.config.size
-        head = {"created": int(time.time()), "data": data, "size": f"{side}x{side}", "output_format": "png"}
+        head = {
+            "created": int(time.time()),
+            "data": data,
+            "size": shown(self.model.config.size),
+            "output_format": "png",
+        }
         return {**head, **self._lineage(plan.seed, outcome), **how, "options": plan.how.options}
 
     def _previewed(self, plan: GenerationPlan, progress: Progress) -> dict[str, Any]:
@@ -227,9 +234,8 @@ class Service:
         return [base64.b64encode(codecs.encode_png(np.ascontiguousarray(each))).decode() for each in pixels]
 
     def _event(self, kind: str) -> dict[str, Any]:
-        side = self.model.config.size
         fixed = {"background": "opaque", "output_format": "png", "quality": "auto"}
-        return {"type": kind, "created_at": int(time.time()), "size": f"{side}x{side}", **fixed}
+        return {"type": kind, "created_at": int(time.time()), "size": shown(self.model.config.size), **fixed}
 
     # --- likelihood -----------------------------------------------------------------------------------------------
 
@@ -303,7 +309,7 @@ class Service:
 
     def _limits(self) -> ServingConfig:
         """The configured ones, and no more than the engine at its best does until a request's deadline."""
-        able = int(self.engine.load().best_rows_per_s * self.config.deadline_s) * self.model.config.size**2
+        able = int(self.engine.load().best_rows_per_s * self.config.deadline_s) * self.model.config.pixels
         return replace(self.config, max_request_cost=max(1, min(self.config.max_request_cost, able)))
 
     def _check_name(self, name: str | None) -> None:

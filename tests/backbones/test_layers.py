@@ -55,7 +55,7 @@ def test_fourier_features_tell_grey_levels_apart() -> None:
 
 
 def test_position_embedding_is_different_everywhere() -> None:
-    table = position_embedding(32, 6)
+    table = position_embedding(32, 6, 6)
     assert table.shape == (36, 32)
     assert torch.cdist(table.double(), table.double()).add(10 * torch.eye(36)).min() > 0.5
 

@@ -1,7 +1,7 @@
 """Pixels of any size -> the size of the set, by a named policy."""
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -9,22 +9,22 @@ from numpy.typing import NDArray
 
 from pipeline.choose import choose
 from pipeline.data.formats.codecs import UInt8s
+from pipeline.size import Size, sides
 
-if TYPE_CHECKING:  # the readers' processes never load torch
-    pass
+Sides = tuple[int, int]  # height, width
 
 
 ROOM = 4  # images of the set's size: the most that resizing a whole image may take beside the image itself
 
 
-def fit(pixels: UInt8s, size: int, policy: str) -> UInt8s:
-    """(height, width, C) -> (size, size, C) by a policy of POLICIES; untouched if it has that size already.
+def fit(pixels: UInt8s, size: Size, policy: str) -> UInt8s:
+    """(height, width, C) -> the same of `size` by a policy of POLICIES; untouched if it has that size already.
 
     Raises:
         ValueError: an unknown policy; for "exact" another size.
     """
-    made = choose(POLICIES, policy, "resize policy")(pixels, size)
-    return np.ascontiguousarray(made.reshape(size, size, pixels.shape[2]))
+    made = choose(POLICIES, policy, "resize policy")(pixels, sides(size))
+    return np.ascontiguousarray(made.reshape(*sides(size), pixels.shape[2]))
 
 
 def _resized(pixels: UInt8s, width: int, height: int) -> UInt8s:
@@ -40,22 +40,22 @@ def _resized(pixels: UInt8s, width: int, height: int) -> UInt8s:
     return made.reshape(height, width, channels)  # pyright: ignore[reportReturnType]
 
 
-def _centre_crop(pixels: UInt8s, size: int) -> UInt8s:
+def _centre_crop(pixels: UInt8s, size: Sides) -> UInt8s:
     height, width = pixels.shape[:2]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        high, wide = max(size, round(height * scale)), max(size, round(width * scale))
-        if high * wide > height * width + ROOM * size**2:
+    scale = max(size[0] / height, size[1] / width)
+    if scale != 1:
+        high, wide = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+        if high * wide > height * width + ROOM * math.prod(size):
             return _enlarged_middle(pixels, high, wide, size)
         pixels, height, width = _resized(pixels, wide, high), high, wide
-    top, left = (height - size) // 2, (width - size) // 2
-    return pixels[top : top + size, left : left + size]
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return pixels[top : top + size[0], left : left + size[1]]
 
 
-def _enlarged_middle(pixels: UInt8s, high: int, wide: int, size: int) -> UInt8s:
-    """The middle square of the image enlarged to (high, wide), of which nothing else is made."""
-    first, rows = _cubic(pixels.shape[0], high, size)
-    left, columns = _cubic(pixels.shape[1], wide, size)
+def _enlarged_middle(pixels: UInt8s, high: int, wide: int, size: Sides) -> UInt8s:
+    """The middle of the image enlarged to (high, wide), of which nothing else is made."""
+    first, rows = _cubic(pixels.shape[0], high, size[0])
+    left, columns = _cubic(pixels.shape[1], wide, size[1])
     part = pixels[first : first + rows.shape[1], left : left + columns.shape[1]].astype(np.float64)
     made = np.einsum("yi,ijc,xj->yxc", rows, part, columns, optimize=True)
     return np.clip(np.rint(made), 0, 255).astype(np.uint8)
@@ -76,18 +76,20 @@ def _cubic(length: int, enlarged: int, size: int) -> tuple[int, NDArray[np.float
     return int(sources.min()), weights
 
 
-def _squash(pixels: UInt8s, size: int) -> UInt8s:
-    return pixels if pixels.shape[:2] == (size, size) else _resized(pixels, size, size)
+def _squash(pixels: UInt8s, size: Sides) -> UInt8s:
+    return pixels if pixels.shape[:2] == size else _resized(pixels, size[1], size[0])
 
 
-def _exact(pixels: UInt8s, size: int) -> UInt8s:
-    if pixels.shape[:2] != (size, size):
-        raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels where resize: exact wants {size} x {size}")
+def _exact(pixels: UInt8s, size: Sides) -> UInt8s:
+    if pixels.shape[:2] != size:
+        raise ValueError(
+            f"{pixels.shape[1]} x {pixels.shape[0]} pixels where resize: exact wants {size[1]} x {size[0]}"
+        )
     return pixels
 
 
-POLICIES: dict[str, Callable[[UInt8s, int], UInt8s]] = {
-    "centre-crop": _centre_crop,  # the short side to `size`, then the middle square
-    "squash": _squash,  # both sides to `size`
+POLICIES: dict[str, Callable[[UInt8s, Sides], UInt8s]] = {
+    "centre-crop": _centre_crop,  # as small as covers both sides, then the middle
+    "squash": _squash,  # each side to its own, whatever that does to the aspect
     "exact": _exact,  # refuse any other size
 }

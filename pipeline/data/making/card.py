@@ -1,5 +1,6 @@
 """The dataset card: what a set holds, in numbers."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -44,7 +45,7 @@ def make_card(
         for split, values in sums.items()
     }
     split = TRAIN if stored[TRAIN] else HELD_OUT
-    pixels = stored[split] * config.image_size**2
+    pixels = stored[split] * math.prod(sides(config.image_size))
     mean, squares = (np.array([int(value) for value in row], dtype=np.float64) / pixels for row in whole[split])
     return {
         "samples": {split: stored[split] - gone.count(split) for split in SPLITS},

@@ -18,6 +18,7 @@ A mixture is a manifest without shards of its own: finished sets, each by its di
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -39,6 +40,7 @@ from pipeline.data.sets.tables import (
     Table,
     integers,
 )
+from pipeline.size import Size, settled, sides
 
 Int64s = NDArray[np.int64]
 
@@ -53,23 +55,26 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What every sample of a set is: `size` x `size` pixels of `channels` (1 grey, 3 RGB) bytes, stored as `encoding`
-    (png, jpg, webp, raw).
+    """What every sample of a set is: `size` pixels, a side or (height, width), of `channels` (1 grey, 3 RGB) bytes,
+    stored as `encoding` (png, jpg, webp, raw).
     """
 
-    size: int
+    size: Size
     channels: int
     encoding: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", settled(self.size))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return self.channels, self.size, self.size
+        return self.channels, *sides(self.size)
 
     @property
     def bytes(self) -> int:
         """Decoded bytes of a sample."""
-        return self.channels * self.size * self.size
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ function showModel(ids) {
   byId("facts").classList.remove("error");
   const version = model.version ? `version ${model.version}, ` : "";
   byId("facts").textContent =
-    `${model.id}, ${version}${model.size}×${model.size} pixels, digest ${model.digest.slice(0, 12)}`;
+    `${model.id}, ${version}${model.width}×${model.height} pixels, digest ${model.digest.slice(0, 12)}`;
   fill("model", ids.map((id) => [id, id]), model.id);
   fill("sampler", Object.keys(model.samplers).map((name) => [name, name]), model.defaults.sampler);
   fill("estimator", Object.keys(model.estimators).map((name) => [name, name]), "vlb");
@@ -61,6 +61,7 @@ function showModel(ids) {
   fill("class", [...(classes.length ? [["each", "each in turn"]] : []), ...none, ...classes]);
   fill("score-class", [...none, ...classes]);
   byId("class").disabled = byId("score-class").disabled = !classes.length;
+  document.documentElement.style.setProperty("--aspect", model.width / model.height);
   noteGuidance();
   byId("steps").value = model.defaults.steps;
   byId("steps").max = model.limits.steps;
@@ -168,7 +169,7 @@ function busy(on) {
 }
 
 function prepareTiles(body) {
-  const small = state.model.size < 128;
+  const small = Math.max(state.model.width, state.model.height) < 128;
   const tiles = Array.from({ length: body.n }, (_, index) => {
     const label = Array.isArray(body.labels) ? body.labels[index] : body.labels ?? -1;
     const name = label >= 0 ? state.model.class_names[label] : "no class";
@@ -250,9 +251,9 @@ async function score(files) {
 
 async function result(item, file, answer) {
   const source = await readAsDataUrl(file);
-  const small = state.model.size < 128;
+  const small = Math.max(state.model.width, state.model.height) < 128;
   const image = make("img", { src: source, alt: file.name, className: small ? "pixelated" : "" });
-  const dimensions = state.model.size ** 2 * state.model.channels;
+  const dimensions = state.model.width * state.model.height * state.model.channels;
   const bits = (nats) => nats / (dimensions * Math.LN2);
   const spread = item.standard_error === null ? "" : ` ± ${item.standard_error.toFixed(3)}`;
   const rows = Object.entries(item.parts_nats).map(([name, nats], index) => {

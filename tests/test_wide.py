@@ -171,8 +171,8 @@ def serve(model: Any, images: torch.Tensor) -> None:
     latent = base64.b64encode(np.zeros((3, *SIZE), "<f4").tobytes()).decode()
     wanted = parse_body(EncodingRequest, {"latents": [latent], "sampler": "ddim", "steps": 2})
     assert plan_encoding(wanted, model, how).n == 1
+    turned = service._pngs(model.space.encode(images).transpose(2, 3))  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(RequestError, match="takes images of 16 x 12 pixels, got 12 x 16"):
-        turned = service._pngs(model.space.encode(images).transpose(2, 3))  # pyright: ignore[reportPrivateUsage]
         plan_likelihood(parse_body(LikelihoodOptions, {}), [png(turned[0])], model, how, 0)
 
 

@@ -1,6 +1,5 @@
 """Height and width of an image: one number where they are the same, else (height, width)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 Size = int | tuple[int, int]
@@ -17,13 +16,13 @@ def settled(size: Any, name: str = "size") -> Size:
     Raises:
         ValueError: no whole numbers of at least 1; `name` says whose they are.
     """
-    given = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
+    given: tuple[Any, ...] = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(given) != 2 or any(type(side) is not int or side < 1 for side in given):
         raise ValueError(
             f"{name} is {size!r}; a whole number of at least 1 is needed, or [height, width] of an image that is not "
             f"square"
         )
-    return given[0] if given[0] == given[1] else given
+    return given[0] if given[0] == given[1] else (given[0], given[1])
 
 
 def shown(size: Size) -> str:

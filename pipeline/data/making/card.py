@@ -45,7 +45,7 @@ def make_card(
         for split, values in sums.items()
     }
     split = TRAIN if stored[TRAIN] else HELD_OUT
-    pixels = stored[split] * math.prod(config.image.shape[1:])
+    pixels = stored[split] * math.prod(config.spec.shape[1:])
     mean, squares = (np.array([int(value) for value in row], dtype=np.float64) / pixels for row in whole[split])
     return {
         "samples": {split: stored[split] - gone.count(split) for split in SPLITS},

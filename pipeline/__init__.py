@@ -24,12 +24,17 @@ def load(url: str, *, device: str = "cpu", tracking_uri: str | None = None) -> "
     Raises:
         ValueError: no such version, or files that do not match their digests.
     """
+    from pipeline import storage
+    from pipeline.model import FILES
     from pipeline.model import load as load_directory
 
     if not url.startswith("models:/"):
-        from pipeline import trained
+        if not storage.exists(storage.join(url, FILES[1])):  # no model directory: sampling one loads no data plane
+            from pipeline import trained
 
-        return trained.load(url, device) if trained.is_output(url) else load_directory(url, device)
+            if trained.is_output(url):
+                return trained.load(url, device)
+        return load_directory(url, device)
     from pipeline.tracking.registry import files
 
     with files(url, tracking_uri=tracking_uri) as folder:

@@ -359,7 +359,7 @@ def test_a_fitted_scale_is_the_most_likely_one(family: str) -> None:
     [
         ("vlb", 512, {"levels": 8}),
         ("vlb_discrete", 512, {"steps": 20}),
-        ("vlb_discrete", 1 << 16, {"steps": 20, "decoder": "gaussian", "variance": "beta"}),
+        ("vlb_discrete", 1 << 16, {"steps": 20, "decoder": "gaussian", "variance": "beta_throughout"}),
     ],
 )
 def test_the_terminal_is_the_limit_of_ever_finer_grey_levels(name: str, levels: int, options: dict[str, Any]) -> None:

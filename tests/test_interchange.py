@@ -46,7 +46,8 @@ def test_diffusers_opens_it_samples_and_agrees(tmp_path: Path, prediction: str, 
     pipe.set_progress_bar_config(disable=True)
     images = pipe(batch_size=2, num_inference_steps=3, output_type="np").images
     assert images.shape == (2, 8, 8, 1)
-    table = ours.denoiser.schedule.table  # pyright: ignore[reportAttributeAccessIssue]
+    table = ours.denoiser.schedule.table
+    assert table is not None
     torch.testing.assert_close(pipe.scheduler.alphas_cumprod.double(), torch.sigmoid(-table), rtol=1e-4, atol=1e-7)
     z = torch.randn(1, 1, 8, 8)
     pipe.scheduler.config.clip_sample = False

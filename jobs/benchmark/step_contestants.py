@@ -31,6 +31,7 @@ from pipeline.diffusion.parameterization import Parameterization
 from pipeline.diffusion.pixels import Pixels
 from pipeline.diffusion.randomness import StepKey
 from pipeline.diffusion.schedule import SCHEDULES
+from pipeline.size import sides
 from pipeline.training import hardware
 from pipeline.training.ema import EMA, decay
 from pipeline.training.optim import AdamW, clip_scale, gradient_norm
@@ -67,9 +68,9 @@ def trained(model: str) -> Architecture:
 
 
 def batch(args: Namespace, architecture: Architecture) -> tuple[Tensor, Tensor | None]:
-    device, size = torch.device(args.device), architecture.size
+    device, (height, width) = torch.device(args.device), sides(architecture.size)
     torch.manual_seed(0)
-    images = torch.rand(args.batch, architecture.channels, size, size, device=device) * 2 - 1
+    images = torch.rand(args.batch, architecture.channels, height, width, device=device) * 2 - 1
     labels = torch.arange(args.batch, device=device) % architecture.classes if architecture.classes else None
     return images, labels
 
@@ -239,7 +240,7 @@ def our_loop(args: Namespace) -> Contestant:
         Denoiser(network, SCHEDULES["linear_beta"](), Parameterization("eps", "vp"), level="step_index"),
         OBJECTIVES["weighted"](),
         numbered("labels", architecture.classes),
-        Pixels((architecture.channels, architecture.size, architecture.size)),
+        Pixels((architecture.channels, *sides(architecture.size))),
         lambda step: Endless(given),
         args.batch,
         logical_shards=1,

@@ -6,6 +6,7 @@ The least that is asked of any machine is in the default run; the bars, which ne
 import asyncio
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ def traffic(model: Model) -> Traffic:
 
 @pytest.fixture
 def endpoint(model: Model, traffic: Traffic) -> Iterator[Endpoint]:
-    owed = QUEUED * IMAGES * traffic.steps[0] * model.config.size**2
+    owed = QUEUED * IMAGES * traffic.steps[0] * math.prod(model.config.image_shape[1:])
     with serving(model, ServingConfig(model="tiny", deadline_s=DEADLINE_S, max_queued_cost=owed)) as made:
         yield made
 

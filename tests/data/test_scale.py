@@ -25,7 +25,7 @@ def peak_mib():  # of this process alone: what getrusage says is inherited from 
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) >> 10
 
-def listed(url):
+def listed(url, odd=False):
     for i in range(count):
         yield storage.Entry(f"class{i % 1000:04d}/image-{i:012d}.jpg", 100_000 + i % 1000)
 

@@ -16,7 +16,7 @@ CASES = {
     "missing file": (["train", "nothing.yaml"], "no run file at nothing.yaml"),
     "wrong type": (["shard", RUN_FILE, "shard.image_size=big"], "shard.image_size"),
     "no shard set": (["train", RUN_FILE, "--local"], "no finished shard set at"),
-    "no model": (["register", RUN_FILE, "--unmeasured"], "model/"),
+    "no model": (["register", RUN_FILE, "--unmeasured"], "has no model: no checkpoint there is committed; train first"),
     "unknown choice": (["train", RUN_FILE, "--dry-run", "model.schedule.name=cosin"], "did you mean 'cosine'"),
     "unknown option": (["train", RUN_FILE, "--dry-run", "model.schedule.q=1"], "has no option 'q'"),
 }

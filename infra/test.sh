@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check: format, lint, types, tests.
-#   infra/test.sh              under 12 minutes on 2 cores
+#   infra/test.sh              about 18 minutes on 2 cores
 #   infra/test.sh --all        the long tests too
 #   infra/test.sh [--all] ...  further arguments go to pytest
 set -eu

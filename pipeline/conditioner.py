@@ -102,6 +102,8 @@ class Kind:
     asked_as: the field of a request, of `Model.sample` and of the command line. kept_as: the field of `Conditioning`.
     of: what a batch says of its images. asked: (value, n, names) -> a row an image, ValueError where it cannot be.
     turn: what image i of a grid is asked for. echo: a row -> the fields of an answer that say what was asked.
+    nothing: (n, names) -> n rows that ask for nothing. several: whether an image may be asked for more than one name.
+    names_in: where a model's card keeps the names.
     """
 
     asked_as: str
@@ -110,6 +112,9 @@ class Kind:
     asked: Callable[[Any, int, Sequence[str]], Tensor]
     turn: Callable[[int, Sequence[str]], Any]
     echo: Callable[[Tensor, Sequence[str]], dict[str, Any]]
+    nothing: Callable[[int, Sequence[str]], Tensor]
+    several: bool
+    names_in: str
 
 
 KINDS: dict[str, Kind] = {
@@ -120,6 +125,9 @@ KINDS: dict[str, Kind] = {
         _labels_asked,
         lambda i, names: i % len(names),
         lambda row, _: {"label": int(row)},
+        lambda n, _: torch.full((n,), NO_LABEL),
+        several=False,
+        names_in="class_names",
     ),
     "tags": Kind(
         "tags",
@@ -128,11 +136,13 @@ KINDS: dict[str, Kind] = {
         _tags_asked,
         lambda i, names: [names[i % len(names)]],
         lambda row, names: {"tags": [names[k] for k in row.nonzero()[:, 0].tolist()]},
+        lambda n, names: torch.zeros(n, len(names)),
+        several=True,
+        names_in="tag_names",
     ),
 }
 
-
-NAMES_OF = {"labels": "class_names", "tags": "tag_names"}  # where a model's card keeps them
+NAMES_OF = {name: kind.names_in for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -194,22 +204,21 @@ class Conditioner:
         """
         if not self.names:
             raise ConditionError("prompt", "this model has no classes: leave the prompt empty")
-        parts = [prompt] if self.condition == "labels" else prompt.split(",")
+        several = self.kind.several
+        parts = prompt.split(",") if several else [prompt]
         places = [place_of(part, self.names) for part in parts]
         if None in places:
-            what = "a class" if self.condition == "labels" else "tags, with commas between them"
+            what = "tags, with commas between them" if several else "a class"
             raise ConditionError(
                 "prompt", f"the prompt must be the name or number of {what} ({_shown(self.names)}), or empty"
             )
-        return self.asked(n, {self.kind.asked_as: places[0] if self.condition == "labels" else places})
+        return self.asked(n, {self.kind.asked_as: places if several else places[0]})
 
     def nothing(self, n: int) -> Conditioning:
         """n rows that ask for nothing."""
         if not self.names:
             return Conditioning()
-        shape = (n,) if self.condition == "labels" else (n, len(self.names))
-        row = torch.zeros(shape, dtype=torch.int64 if self.condition == "labels" else torch.float32)
-        return Conditioning(**{self.kind.kept_as: row}).unconditional()
+        return Conditioning(**{self.kind.kept_as: self.kind.nothing(n, self.names)})
 
     def in_turn(self, numbers: Sequence[int]) -> Conditioning:
         """What the images of these numbers of a grid are asked for: every class or tag in turn."""
